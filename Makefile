@@ -1,0 +1,93 @@
+# A clean clone needs Python 3.11 or newer and make; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch comes from, for example an index of CPU or CUDA builds; empty: wherever pip is configured to look.
+TORCH_INDEX_URL ?=
+# No CPU build of the oldest supported torch (2.11) is offered on the default index: OLDEST_TORCH=2.11.0 for that one.
+OLDEST_TORCH ?= 2.13.0
+# Where and how `make demo` runs; one process on the CPU is what every machine has.
+LAUNCH ?= --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
+# Extra arguments for the recipe (`make demo ARGS="--seed 1"`) or for pytest (`make test ARGS="-k balance"`).
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OLDEST := .build/oldest
+JUNIT := .build/transformers_suite.xml
+# Two workers with a pool of torch threads each would fight for two cores.
+PYTEST_FLAGS := -n 2 --durations=10
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-gpu test-transformers test-oldest lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# torch first and by itself: a resolver that sees everything at once may prefer another build of it.
+# $(1): the environment, $(2): its torch, $(3): its constraints.
+define install
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-sigma needs Python 3.11: make PYTHON=python3.11")'
+$(PYTHON) -m venv $(1)
+$(1)/bin/pip install -c $(3) setuptools
+$(1)/bin/pip install -c $(3) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==$(2)
+$(1)/bin/pip install -c $(3) --no-build-isolation -e '.[test]'
+touch $(1)/.installed
+endef
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call install,$(VENV),$(shell sed -n 's/^torch==//p' constraints.txt),constraints.txt)
+
+venv: $(INSTALLED)  ## .venv with the pinned set of constraints.txt
+
+demo: $(INSTALLED)  ## train, save, reload and describe a small Sigma-MoE; the same command resumes
+	$(BIN)/accelerate launch $(LAUNCH) -m trainers.recipes.pretrain_sigma_moe \
+		--preset demo --output_dir runs/demo $(ARGS)
+
+test: $(INSTALLED)  ## everything quick, on the CPU
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(INSTALLED)  ## the tests marked slow
+	$(PYTEST) -m "slow and not gpu" $(ARGS) || { test $$? -eq 5 && echo "test-slow: no test is marked slow"; }
+
+test-gpu: $(INSTALLED)  ## the tests marked gpu, one process
+	$(BIN)/pytest -m gpu --durations=10 $(ARGS)
+
+test-transformers: $(INSTALLED)  ## transformers' own common tests on our models; skips compared with Qwen3-MoE's
+	mkdir -p .build
+	$(PYTEST) -rs --junitxml=$(JUNIT) $(ARGS) tests/transformers_suite/suite_*.py
+	$(BIN)/python tests/transformers_suite/compare_skips.py $(JUNIT)
+
+# The lower bounds of pyproject.toml in place of the pins of constraints.txt. Only the pins of what we name ourselves stay:
+# those of what they bring belong to the newest set (datasets 5.0 wants an older fsspec).
+define LOWER_BOUNDS
+import re, sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+lowest = dict(re.match(r"([\w-]+)>=([\w.]+)", line).groups() for line in project["dependencies"])
+lowest["torch"] = sys.argv[1]
+named = open("constraints.txt").read().split("# what those bring")[0].splitlines()
+pins = [line for line in named if line.split("==")[0] not in lowest]
+print(*pins, *(f"{name}=={version}" for name, version in lowest.items()), sep="\n")
+endef
+export LOWER_BOUNDS
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	mkdir -p .build
+	$(PYTHON) -c "$$LOWER_BOUNDS" $(OLDEST_TORCH) > .build/oldest.txt
+	$(call install,$(OLDEST),$(OLDEST_TORCH),.build/oldest.txt)
+
+test-oldest: $(OLDEST)/.installed  ## the model tests at the lower bounds of pyproject.toml
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(PYTEST_FLAGS) -m "not slow and not gpu" $(ARGS) tests/hf_models
+
+lint: $(INSTALLED)  ## ruff, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## ruff, fixing what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## what the Makefile built, except .venv and runs/
+	rm -rf .build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

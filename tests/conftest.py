@@ -1,0 +1,32 @@
+"""Settings of every test process, made before anything imports huggingface_hub, whose constants are read at import."""
+
+import os
+import shutil
+import sys
+import tempfile
+
+import pytest
+
+
+# No test reads the user's token or cache or reaches the real Hub. One that wants a Hub starts the loopback one in a
+# subprocess with an environment of its own. A folder for each worker: remote code is copied into the cache, and two
+# workers would write the same files.
+HOME = tempfile.mkdtemp(prefix="hf-sigma-tests-")
+os.environ["HF_HOME"] = HOME
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
+os.environ["MPLBACKEND"] = "Agg"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whatever ran before it in the same worker."""
+    # A test that uses torch has imported it by now; the others need not pay for the import.
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
