@@ -1,0 +1,240 @@
+# Copyright 2026 The hf-sigma authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of Sigma-MoE (Sigma-MoE-Tiny, arXiv 2512.16248, and its sibling Sigma-V2)."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+
+
+SCORE_FUNCTIONS = ("sigmoid", "softmax")
+AUX_LOSS_TYPES = ("none", "switch", "sequence", "global_batch", "top1")
+
+# "sigma-moe-tiny": the published shape; head_dim 96 is inferred, the one value that gives the published parameter
+# counts. "sigma-v2-200b": the configuration file of the 200B sibling. "demo": what two CPU cores train in minutes.
+PRESETS = {
+    "sigma-moe-tiny": {
+        "hidden_size": 1536,
+        "num_hidden_layers": 56,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 96,
+        "moe_intermediate_size": 768,
+        "num_experts": 96,
+        "num_experts_per_tok": 1,
+        "initializer_range": 0.0125,
+    },
+    "sigma-v2-200b": {
+        "hidden_size": 5120,
+        "num_hidden_layers": 63,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "moe_intermediate_size": 2160,
+        "num_experts": 96,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "initializer_range": 0.0125,
+    },
+    "demo": {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "moe_intermediate_size": 128,
+        "num_experts": 32,
+        "num_experts_per_tok": 1,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.02,
+        "router_aux_loss_coef": 1e-2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    },
+}
+
+# Experts per token of the first layers before the switch to top-1. From memory of the authors' runs, not seen in
+# print: it is supported by the published layer-0 value of 8 and by the published 0.65B active parameters, which it
+# gives exactly.
+SIGMA_MOE_TINY_INITIAL_TOP_K = [8, 8, 6, 6, 4, 4, 2, 2] + [1] * 48
+
+
+@strict
+class SigmaMoeConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`SigmaMoeModel`]: a decoder whose every feed-forward layer is a mixture of SwiGLU experts, with
+    as few as one active expert per token, and its own number of active experts in each layer.
+
+    Args:
+        num_experts_per_tok (`int`, defaults to 1):
+            Active experts per token; with `num_experts_per_tok_per_layer`, the largest of them.
+        num_experts_per_tok_per_layer (`list[int]`, *optional*):
+            Active experts per token of each layer, length `num_hidden_layers`. `None`: the same everywhere.
+        scoring_func (`str`, defaults to `"sigmoid"`):
+            Score that selects experts and weighs their outputs: `"sigmoid"` or `"softmax"` over all experts, in fp32.
+        norm_topk_prob (`bool`, defaults to `True`):
+            Divide the weights of the selected experts by their sum, in layers with more than one. With one expert the
+            weight is the raw score: divided by itself it would be the constant 1 and the router would get no gradient.
+        routed_scaling_factor (`float`, defaults to 1.0):
+            Multiplies the expert weights.
+        router_aux_loss_type (`str`, defaults to `"global_batch"`):
+            `"none"`, `"switch"`, `"sequence"`, `"global_batch"` or `"top1"`: see `hf_models.moe.balance`.
+        router_aux_loss_coef (`float`, defaults to 0.001):
+            Weight of the load-balancing loss **of each layer**; layers are summed, as in the authors' code
+            (transformers' own models average over layers: divide by `num_hidden_layers` to compare).
+        aux_scoring_func (`str`, defaults to `"softmax"`):
+            Score function inside the load-balancing loss, apart from `scoring_func`.
+        top1_lbl_temperature (`float`, defaults to 0.1):
+            Temperature of the `"top1"` loss.
+        router_z_loss_coef (`float`, defaults to 0.0):
+            Weight of the router z-loss of each layer.
+        expert_bias_update_rate (`float`, defaults to 0.0):
+            Step of the loss-free bias `e_score_correction_bias`, applied once per optimizer step by
+            `ExpertBalanceCallback`.
+        expert_bias_cap (`float`, *optional*):
+            Bound on the absolute value of that bias.
+        output_router_logits (`bool`, defaults to `False`):
+            Return the router logits and, with labels, add the auxiliary losses also outside training.
+
+    Every other field means what it means in [`Qwen3MoeConfig`]. Field names of Sigma-V2 files (`n_routed_experts`) are
+    understood.
+
+    Raises:
+        StrictDataclassFieldValidationError: a value of the wrong type.
+        StrictDataclassClassValidationError: values that do not fit together; the message names the field and the
+        remedy.
+    """
+
+    model_type = "sigma_moe"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"n_routed_experts": "num_experts", "num_local_experts": "num_experts"}
+
+    # The plans follow the names of the modules, which are Qwen3-MoE's; taken from the installed release, whose plan
+    # vocabulary moves between versions.
+    base_model_tp_plan = {
+        name: style
+        for name, style in Qwen3MoeConfig.base_model_tp_plan.items()
+        if not name.startswith("layers.*.mlp.") or ".experts" in name or ".gate." in name
+    }
+    base_model_ep_plan = dict(getattr(Qwen3MoeConfig, "base_model_ep_plan", None) or {})
+    base_model_pp_plan = dict(Qwen3MoeConfig.base_model_pp_plan)
+
+    vocab_size: int = 200064
+    hidden_size: int = 1536
+    num_hidden_layers: int = 56
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.0125
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    moe_intermediate_size: int = 768
+    num_experts: int = 96
+    num_experts_per_tok: int = 1
+    num_experts_per_tok_per_layer: list[int] | None = None
+    scoring_func: str = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | int = 1.0
+    router_aux_loss_type: str = "global_batch"
+    router_aux_loss_coef: float | int = 1e-3
+    aux_scoring_func: str = "softmax"
+    top1_lbl_temperature: float | int = 0.1
+    router_z_loss_coef: float | int = 0.0
+    expert_bias_update_rate: float | int = 0.0
+    expert_bias_cap: float | int | None = None
+    output_router_logits: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not divisible by "
+                    f"num_attention_heads={self.num_attention_heads}, so "
+                    "head_dim cannot be derived. Set head_dim, or change one of the two."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_experts_per_tok_per_layer:
+            self.num_experts_per_tok = max(self.num_experts_per_tok_per_layer)
+        if auto_map := getattr(type(self), "_family_auto_map", None):
+            kwargs["auto_map"] = dict(auto_map)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "SigmaMoeConfig":
+        """A named shape (`"sigma-moe-tiny"`, `"sigma-v2-200b"`, `"demo"`), any field overridden. `ValueError` if
+        unknown."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known. Choose one of {sorted(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def top_k_per_layer(self) -> list[int]:
+        """Active experts per token of each layer, as in force."""
+        return self.num_experts_per_tok_per_layer or [self.num_experts_per_tok] * self.num_hidden_layers
+
+    def validate_attention_heads(self):
+        """Query heads share key-value heads in equal groups, rotary needs an even head_dim."""
+        if min(self.num_attention_heads, self.num_key_value_heads) < 1:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} and num_key_value_heads={self.num_key_value_heads} "
+                "must be >= 1."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.num_key_value_heads}. Choose a divisor."
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one.")
+
+    def validate_experts_per_token(self):
+        """Every layer activates between 1 and `num_experts` experts."""
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and num_experts={self.num_experts}."
+            )
+        per_layer = self.num_experts_per_tok_per_layer
+        if per_layer is None:
+            return
+        if len(per_layer) != self.num_hidden_layers:
+            raise ValueError(
+                f"num_experts_per_tok_per_layer has {len(per_layer)} entries but "
+                f"num_hidden_layers={self.num_hidden_layers}. "
+                "Give one integer per layer, or None."
+            )
+        bad = {layer: k for layer, k in enumerate(per_layer) if not 1 <= k <= self.num_experts}
+        if bad:
+            raise ValueError(
+                f"num_experts_per_tok_per_layer has values outside 1..num_experts={self.num_experts} (layer: value): "
+                f"{bad}."
+            )
+
+    def validate_router(self):
+        """Known score functions and losses, sane coefficients."""
+        for field, known in (
+            ("scoring_func", SCORE_FUNCTIONS),
+            ("aux_scoring_func", SCORE_FUNCTIONS),
+            ("router_aux_loss_type", AUX_LOSS_TYPES),
+        ):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field}={getattr(self, field)!r} is not known. Choose one of {known}.")
+        if self.top1_lbl_temperature <= 0:
+            raise ValueError(
+                f"top1_lbl_temperature={self.top1_lbl_temperature} must be positive (0.1 is recommended)."
+            )
+        for field in ("router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative; 0 turns it off.")
+
+
+__all__ = ["SigmaMoeConfig"]

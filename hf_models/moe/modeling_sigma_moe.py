@@ -1,0 +1,474 @@
+# Copyright 2026 The hf-sigma authors. Licensed under the Apache License, Version 2.0.
+r"""Sigma-MoE (Sigma-MoE-Tiny, arXiv 2512.16248): Qwen3-MoE's block with the router and the balance that one active
+expert needs.
+
+    a = x + Attn(n1(x))                                    grouped-query attention, RMSNorm on q and k before RoPE
+    y = a + sum_{e in S(u)} g_e E_e(u),   u = n2(a)        every layer is a mixture, no dense and no shared expert
+    E_e(u) = W_down,e (SiLU(W_gate,e u) * (W_up,e u))
+    z = W_r u (fp32);  s = sigmoid(z) or softmax(z);  S = top-k of s + b;  g_e = s_e / sum_S s for k > 1, s_e for k = 1
+
+k is a property of each layer; b is the loss-free balancing bias, which selects but never weighs. The balance loss is
+formed per layer and summed (`balance.py`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeExperts,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+    Qwen3MoeSparseMoeBlock,
+    Qwen3MoeTopKRouter,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .balance import (
+    RoutingSums,
+    RoutingWindow,
+    load_balancing_loss_of,
+    router_z_loss,
+    routing_sums,
+    sum_over_ranks,
+    updated_expert_bias,
+)
+from .configuration_sigma_moe import SigmaMoeConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class SigmaMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    r"""
+    `loss = cross-entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss` up to the scaling of
+    gradient accumulation; the last two are sums over layers of means over tokens.
+
+    load_balancing_losses (`torch.FloatTensor` of shape `(num_hidden_layers,)`): the terms of `aux_loss`, without
+    gradient.
+    """
+
+    z_loss: torch.FloatTensor | None = None
+    load_balancing_losses: torch.FloatTensor | None = None
+
+
+class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
+    """Router of one layer: `hidden_states (tokens, hidden)` -> logits `(tokens, experts)` and weights `(tokens, k)`,
+    both fp32, and indices `(tokens, k)`. `top_k` is a plain int, so that a stage of the sparsification schedule is one
+    assignment."""
+
+    def __init__(self, config: SigmaMoeConfig, layer_idx: int):
+        super().__init__(config)
+        self.top_k = config.top_k_per_layer[layer_idx]
+        self.scoring_func = config.scoring_func
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """Score of each expert `(tokens, experts)` in fp32."""
+        return router_logits.sigmoid() if self.scoring_func == "sigmoid" else router_logits.softmax(dim=-1)
+
+    def select(self, scores: torch.Tensor) -> torch.Tensor:
+        """Indices `(tokens, k)` of the experts with the highest score plus bias."""
+        return torch.topk(scores + self.e_score_correction_bias.float(), self.top_k, dim=-1).indices
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        # In bf16 the logits of 96 experts tie, and ties route differently from kernel to kernel.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(hidden_states.float(), self.weight.float())  # (tokens, experts)
+        scores = self.scores(router_logits)
+        indices = self.select(scores.detach())  # (tokens, top_k)
+        weights = scores.gather(-1, indices)  # (tokens, top_k)
+        # One weight divided by itself is the constant 1: the router of a top-1 layer would get no gradient.
+        if self.norm_topk_prob and self.top_k > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return router_logits, weights * self.routed_scaling_factor, indices
+
+
+@use_experts_implementation
+class SigmaMoeExperts(Qwen3MoeExperts):
+    """SwiGLU experts as 3-D parameters: `gate_up_proj (E, 2I, H)`, `down_proj (E, H, I)`."""
+
+
+class SigmaMoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
+    def __init__(self, config: SigmaMoeConfig, layer_idx: int):
+        nn.Module.__init__(self)  # the parent would build its own experts first
+        self.experts = SigmaMoeExperts(config)
+        self.gate = SigmaMoeTopKRouter(config, layer_idx)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, indices = self.gate(flat)
+        # Kernels want the weights in the activations' dtype; the sum over experts stays in theirs.
+        return self.experts(flat, indices, weights.to(flat.dtype)).reshape(hidden_states.shape)
+
+
+class SigmaMoeDecoderLayer(Qwen3MoeDecoderLayer):
+    def __init__(self, config: SigmaMoeConfig, layer_idx: int):
+        nn.Module.__init__(self)  # the parent would build its own experts first
+        self.hidden_size = config.hidden_size
+        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        self.mlp = SigmaMoeSparseMoeBlock(config, layer_idx)
+        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class SigmaMoePreTrainedModel(PreTrainedModel):
+    """Initialisation, plans and the per-layer number of active experts."""
+
+    config: SigmaMoeConfig
+    config_class = SigmaMoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SigmaMoeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["mlp.gate"]
+    _keys_to_ignore_on_load_missing = [r"mlp\.gate\.e_score_correction_bias$"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(SigmaMoeTopKRouter, index=0),
+        "hidden_states": SigmaMoeDecoderLayer,
+        "attentions": Qwen3MoeAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, SigmaMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, SigmaMoeTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+
+    @property
+    def routers(self) -> list[SigmaMoeTopKRouter]:
+        """The router of each layer, in order."""
+        return [module for module in self.modules() if isinstance(module, SigmaMoeTopKRouter)]
+
+    def set_experts_per_token(self, top_k: int | list[int]) -> None:
+        """Set the active experts per token, one number for all layers or one per layer, in routers and config.
+
+        Takes effect with the next forward; `save_pretrained` writes what is in force. Never call it inside a
+        gradient-accumulation window. Raises `ValueError` for a wrong length or values outside `1..num_experts`.
+        """
+        per_layer = list(top_k) if isinstance(top_k, (list, tuple)) else None
+        values = per_layer if per_layer is not None else [top_k] * self.config.num_hidden_layers
+        if len(values) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"top_k has {len(values)} entries for {self.config.num_hidden_layers} layers. Give one per layer."
+            )
+        for layer, k in enumerate(values):
+            if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.config.num_experts:
+                raise ValueError(
+                    f"top_k={k!r} of layer {layer} is not an integer in 1..num_experts={self.config.num_experts}."
+                )
+        for router, k in zip(self.routers, values, strict=True):
+            router.top_k = k
+        self.config.num_experts_per_tok = max(values)
+        self.config.num_experts_per_tok_per_layer = per_layer
+
+    def num_active_parameters(self, include_embeddings: bool = False) -> int:
+        """Parameters that one token uses, with the experts per token in force; embeddings and head only on request.
+
+        The count behind the published 0.5B of Sigma-MoE-Tiny leaves embeddings and head out.
+        """
+        embeddings = {
+            id(p) for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m for p in m.parameters()
+        }
+        total = sum(p.numel() for p in self.parameters() if include_embeddings or id(p) not in embeddings)
+        idle = 0
+        for block in (m for m in self.modules() if isinstance(m, SigmaMoeSparseMoeBlock)):
+            per_expert = sum(p.numel() for p in block.experts.parameters()) // self.config.num_experts
+            idle += per_expert * (self.config.num_experts - block.gate.top_k)
+        return total - idle
+
+
+class SigmaMoeModel(SigmaMoePreTrainedModel):
+    """The decoder without a head: token ids -> hidden states."""
+
+    def __init__(self, config: SigmaMoeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([SigmaMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past).unsqueeze(0)
+
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class SigmaMoeForCausalLM(SigmaMoePreTrainedModel, GenerationMixin):
+    """Language model. While training, or with `output_router_logits=True`, a loss includes the auxiliary losses."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: SigmaMoeConfig):
+        super().__init__(config)
+        self.model = SigmaMoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.routing_window = RoutingWindow()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SigmaMoeCausalLMOutputWithPast:
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        learning = self.training and labels is not None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits or learning,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        keep = (
+            slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        )  # slice(0, None) keeps all
+        logits = self.lm_head(hidden_states[:, keep, :])
+
+        loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
+        balance = z_loss = None
+        if output_router_logits or learning:
+            batch_size = hidden_states.shape[0]
+            balance, z_loss = self._routing_losses(outputs.router_logits, attention_mask, batch_size, learning)
+            if loss is not None:
+                aux = self.config.router_aux_loss_coef * balance.sum() + self.config.router_z_loss_coef * z_loss
+                loss = loss + self._scaled_like_cross_entropy(aux, labels, learning, **kwargs).to(loss)
+
+        return SigmaMoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=balance.sum() if balance is not None else None,
+            z_loss=z_loss,
+            load_balancing_losses=balance.detach() if balance is not None else None,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def _routing_losses(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        batch_size: int,
+        learning: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Load-balancing loss of each layer `(layers,)` and the z-loss summed over layers `()`.
+
+        While learning both are exact over all ranks; an evaluation on one rank must not wait for the others.
+        """
+        config, kind = self.config, self.config.router_aux_loss_type
+        device, rows = router_logits[0].device, router_logits[0].shape[0]
+        selected = [r.select(r.scores(z.detach())) for r, z in zip(self.routers, router_logits, strict=True)]
+        selected = [s.to(device) for s in selected]  # with device_map, layers live apart
+        logits = [z.to(device) for z in router_logits]
+        # A 4-D mask, or one that also covers cached tokens, does not say which of these rows are padding.
+        says_padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.numel() == rows
+        mask = attention_mask.reshape(-1).to(device) if says_padding else None
+
+        shape = (batch_size, -1) if kind == "sequence" else (rows,)
+        sums = [
+            routing_sums(
+                z.view(*shape, z.shape[-1]),
+                s.view(*shape, s.shape[-1]),
+                mask.view(shape) if mask is not None else None,
+                score_func="softmax" if kind == "top1" else config.aux_scoring_func,
+                temperature=config.top1_lbl_temperature if kind == "top1" else 1.0,
+            )
+            for z, s in zip(logits, selected, strict=True)
+        ]
+        sums = RoutingSums(*(torch.stack(field) for field in zip(*sums, strict=True)))  # (layers, ...)
+        if learning:
+            self._follow_routing(logits, selected, mask)
+        previous = self.routing_window.counts_of_all_ranks if learning else 0
+        balance = load_balancing_loss_of(sums, kind, previous_counts=previous, across_ranks=learning)
+        if learning and kind == "global_batch":
+            self.routing_window.counts_of_all_ranks = previous + sum_over_ranks(sums.counts.detach())
+        z_loss = torch.zeros((), device=device)
+        if config.router_z_loss_coef:
+            z_loss = torch.stack([router_z_loss(z, mask, across_ranks=learning) for z in logits]).sum()
+        return balance, z_loss
+
+    def _follow_routing(
+        self, logits: list[torch.Tensor], selected: list[torch.Tensor], mask: torch.Tensor | None
+    ) -> None:
+        if not self.routing_window.managed:
+            self.routing_window.reset()
+            if self.config.expert_bias_update_rate:
+                logger.warning_once(
+                    "expert_bias_update_rate > 0, but nothing applies it: add "
+                    "trainers.callbacks.ExpertBalanceCallback, or call "
+                    "model.update_expert_bias() after each optimizer step."
+                )
+        self.routing_window.add(logits, selected, mask)
+
+    def _scaled_like_cross_entropy(
+        self,
+        aux: torch.Tensor,
+        labels: torch.Tensor,
+        learning: bool,
+        *,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **_,
+    ) -> torch.Tensor:
+        """Give the auxiliary loss the weight that the cross-entropy of this micro-batch gets, whatever the trainer
+        does to it.
+
+        DDP averages gradients that ought to be added: hence `world`. A Trainer that hands over `num_items_in_batch`,
+        the labels of all micro-batches and ranks of the step, multiplies by `world` itself and expects each
+        micro-batch to bring its share.
+        """
+        world = dist.get_world_size() if learning and dist.is_available() and dist.is_initialized() else 1
+        aux = aux.detach() + world * (aux - aux.detach())
+        if num_items_in_batch is None:
+            return aux
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        items = targets.ne(-100).sum().to(aux)
+        items = sum_over_ranks(items) if learning else items
+        return aux * (items / world / num_items_in_batch)
+
+    @torch.no_grad()
+    def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:
+        """Apply the loss-free bias update from the routing since the last reset; once per optimizer step, on every
+        rank."""
+        summary = self.routing_window.summary(group)
+        if summary is None or not self.config.expert_bias_update_rate:
+            return
+        rate, cap = self.config.expert_bias_update_rate, self.config.expert_bias_cap
+        for router, counts in zip(self.routers, summary["counts"], strict=True):
+            bias = router.e_score_correction_bias
+            bias.copy_(updated_expert_bias(bias, counts.to(bias.device), rate=rate, cap=cap))
+
+
+class SigmaMoeForSequenceClassification(GenericForSequenceClassification, SigmaMoePreTrainedModel):
+    """The decoder with a classifier on the last real token."""
+
+    def __init__(self, config: SigmaMoeConfig):
+        # The generic head asks AutoModel for the body, and AutoModel knows no class that came with a Hub repository.
+        AutoModel.register(type(config), SigmaMoeModel, exist_ok=True)
+        super().__init__(config)
+
+
+class SigmaMoeForTokenClassification(GenericForTokenClassification, SigmaMoePreTrainedModel):
+    """The decoder with a classifier on every token."""
+
+    def __init__(self, config: SigmaMoeConfig):
+        AutoModel.register(type(config), SigmaMoeModel, exist_ok=True)
+        super().__init__(config)
+
+
+# Checkpoints keep one tensor per expert matrix, the layout of the family and of Qwen3-MoE that other engines read.
+# Registered here, not in the package's registry, because it has to travel with the code of a Hub repository.
+register_checkpoint_conversion_mapping(
+    "sigma_moe",
+    [
+        WeightConverter(
+            source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+            target_patterns="mlp.experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="mlp.experts.*.down_proj.weight",
+            target_patterns="mlp.experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ],
+    overwrite=True,
+)
+
+__all__ = [
+    "SigmaMoeForCausalLM",
+    "SigmaMoeForSequenceClassification",
+    "SigmaMoeForTokenClassification",
+    "SigmaMoeModel",
+    "SigmaMoePreTrainedModel",
+]

@@ -1,0 +1,39 @@
+"""One place that makes a family of models known to transformers' Auto classes and to the Hub repositories that carry
+its code."""
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+
+# transformers looks class names up in these tables (label smoothing of a causal LM, its own common tests);
+# registration with the Auto classes does not feed them.
+_NAME_TABLES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+def register_family(config_class: type[PreTrainedConfig], models: dict[str, type[PreTrainedModel]]) -> None:
+    """Register `config_class` and its `models` (`{"AutoModelForCausalLM": SigmaMoeForCausalLM, ...}`) with the Auto
+    classes.
+
+    Each saved repository carries the family's code and an `auto_map` of *all* heads, so that it loads under every Auto
+    class in an environment that has only transformers. Safe to call twice.
+    """
+    model_type = config_class.model_type
+    AutoConfig.register(model_type, config_class, exist_ok=True)
+    config_class.register_for_auto_class()
+    auto_map = {"AutoConfig": _path_in_repository(config_class)}
+    for auto_name, model_class in models.items():
+        getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+        model_class.register_for_auto_class(auto_name)
+        getattr(modeling_auto, _NAME_TABLES[auto_name])[model_type] = model_class.__name__
+        auto_map[auto_name] = _path_in_repository(model_class)
+    config_class._family_auto_map = auto_map
+
+
+def _path_in_repository(cls: type) -> str:
+    return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
