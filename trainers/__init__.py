@@ -1,0 +1,1 @@
+"""Training on top of transformers' Trainer and Accelerate: recipes and the parts they are made of."""
