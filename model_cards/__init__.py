@@ -1,0 +1,1 @@
+"""Model cards: rendered from the results of a run, checked, published."""
