@@ -1,0 +1,39 @@
+"""How callbacks that add to the logs reach the reporters, and how they find the model that routes."""
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import DefaultFlowCallback
+
+from hf_models.moe import SigmaMoePreTrainedModel
+
+
+def install_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
+    """Add `callbacks` ahead of TensorBoard, the progress bar and the like.
+
+    `Trainer(callbacks=...)` puts them last, where what they add in `on_log` is seen by no reporter. They come right
+    after `DefaultFlowCallback`, so that `control.should_log` is already decided when they run.
+    """
+    handler = trainer.callback_handler
+    flow = [i for i, callback in enumerate(handler.callbacks) if isinstance(callback, DefaultFlowCallback)]
+    position = flow[0] + 1 if flow else 0
+    handler.callbacks[position:position] = list(callbacks)
+    for callback in callbacks:
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def routed_model(model: torch.nn.Module) -> SigmaMoePreTrainedModel:
+    """The outermost Sigma-MoE model inside `model` (PEFT and other wrappers allowed). `TypeError` if there is none."""
+    for module in model.modules():
+        if isinstance(module, SigmaMoePreTrainedModel):
+            return module
+    raise TypeError(
+        f"{type(model).__name__} holds no Sigma-MoE model, so there are no routers to work on. Use a model of "
+        "hf_models.moe."
+    )
+
+
+def add_to_log(state, logs: dict, extra: dict) -> None:
+    """Put `extra` into this log event: what reporters further on see, and what `trainer_state.json` keeps."""
+    logs.update(extra)
+    if state.log_history:
+        state.log_history[-1].update(extra)

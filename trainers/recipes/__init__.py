@@ -1,0 +1,1 @@
+"""One runnable module a method: `accelerate launch -m trainers.recipes.<name>`."""

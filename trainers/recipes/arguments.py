@@ -1,0 +1,93 @@
+"""How every recipe takes its arguments: dataclasses, a preset, a file, the command line; the later wins."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """Where the text comes from and how it is cut."""
+
+    dataset_name: str = dataclasses.field(
+        default="python-stdlib",
+        metadata={"help": "python-stdlib, libreoffice-help[:lang,...], a file or folder, or a Hub dataset id."},
+    )
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    text_column: str = "text"
+    held_out_fraction: float = 0.05
+    max_documents: int | None = None
+    streaming: bool = False
+    dataset_cache_dir: str | None = None
+    dataset_license: str = dataclasses.field(default="unknown", metadata={"help": "SPDX identifier, for the card."})
+    dataset_language: str = dataclasses.field(default="en", metadata={"help": "ISO 639-1 or `code`, for the card."})
+    tokenizer_name: str | None = dataclasses.field(
+        default=None, metadata={"help": "Folder or Hub id; without one, a tokenizer is trained on the training split."}
+    )
+    tokenizer_vocab_size: int = 4096
+    sequence_length: int = 256
+    max_eval_blocks: int | None = dataclasses.field(
+        default=None, metadata={"help": "Evaluate on at most this many held-out blocks, taken evenly."}
+    )
+
+
+def parse_arguments(
+    types: Sequence[type],
+    presets: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str] | None = None,
+    *,
+    default_preset: str,
+) -> tuple[str, list[Any]]:
+    """The name of the preset and one instance of each dataclass in `types`.
+
+    Values come from the dataclass, then `--preset NAME`, then `--config FILE` (YAML or JSON), then the command line.
+
+    Raises:
+        SystemExit: an unknown preset, file or option, with the message of argparse naming it.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=sorted(presets), default=default_preset, help="Named set of defaults.")
+    first.add_argument("--config", type=Path, default=None, help="YAML or JSON file with any of the options below.")
+    chosen, rest = first.parse_known_args(argv)
+    parser = HfArgumentParser(types, parents=[first], allow_abbrev=False)
+    known = {field.name for cls in types for field in dataclasses.fields(cls)}
+    defaults = dict(presets[chosen.preset])
+    if chosen.config is not None:
+        defaults |= _read_file(chosen.config, parser)
+    for name in sorted(set(defaults) - known):
+        parser.error(f"{name!r} in the preset or {chosen.config} is not an option of this recipe (see --help)")
+    parser.set_defaults(**defaults)
+    # A required option that a preset or file has set is no longer required.
+    for action in parser._actions:
+        action.required = action.required and action.dest not in defaults
+    *values, _ = parser.parse_args_into_dataclasses(rest) if rest else parser.parse_args_into_dataclasses([])
+    return chosen.preset, values
+
+
+def _read_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror}. Name a readable YAML or JSON file.")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be parsed: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path} holds a {type(values).__name__}; it must map option names to values.")
+    return values
+
+
+def training_arguments_of(base: TrainingArguments, **changes: Any) -> TrainingArguments:
+    """A copy of `base` with other values, for a run beside the main one (another output folder, seed, number of
+    steps)."""
+    return dataclasses.replace(base, **changes)

@@ -1,0 +1,210 @@
+"""What recipes that train a language model share: text to blocks, a resumable run with Trainer, and what came out of
+it."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.utils import logging
+
+from ..callbacks import ThroughputCallback, install_callbacks
+from ..data import corpus_fingerprint, load_text_dataset, load_tokenizer, pack_documents, train_tokenizer
+from ..evaluation import held_out_loss
+from ..report import write_text_atomically
+from .arguments import DataArguments
+from .resume import last_complete_checkpoint
+
+
+logger = logging.get_logger(__name__)
+FIT_NAME = "fit.json"
+
+
+@dataclasses.dataclass
+class LanguageData:
+    """Documents and blocks of a corpus, split by document. `train` blocks may be streamed."""
+
+    documents: dict[str, Dataset | IterableDataset]
+    train: Dataset | IterableDataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+
+
+@dataclasses.dataclass
+class Fit:
+    """What one training run came to. Losses are held-out; `train_seconds` are those of optimizer steps in steady
+    state, scaled to all steps, so that evaluation, saving, start-up and interruptions count for nobody."""
+
+    name: str
+    seed: int
+    steps: int
+    tokens: int
+    learning_rate: float
+    train_seconds: float
+    nats_per_token: float
+    bits_per_character: float
+    parameters: int
+    history: list[dict]
+
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Tokens and held-out loss at each evaluation."""
+        rows = [(row["step"], row["eval_loss"]) for row in self.history if "eval_loss" in row]
+        return [step * self.tokens // self.steps for step, _ in rows], [loss for _, loss in rows]
+
+
+def prepare_language_data(args: DataArguments, training_args: TrainingArguments) -> LanguageData:
+    """Load the corpus by name, load or train its tokenizer, cut it into blocks. One process prepares, the others
+    wait."""
+    with training_args.main_process_first(desc="preparing the data"):
+        documents = load_text_dataset(
+            args.dataset_name,
+            held_out_fraction=args.held_out_fraction,
+            text_column=args.text_column,
+            cache_dir=args.dataset_cache_dir,
+            streaming=args.streaming,
+            max_documents=args.max_documents,
+            config_name=args.dataset_config_name,
+            revision=args.dataset_revision,
+        )
+        if args.tokenizer_name is not None:
+            tokenizer = load_tokenizer(args.tokenizer_name)
+        else:
+            tokenizer = train_tokenizer(
+                (row["text"] for row in documents["train"]),
+                vocab_size=args.tokenizer_vocab_size,
+                model_max_length=args.sequence_length,
+                show_progress=False,
+            )
+        blocks = {
+            split: pack_documents(documents[split], tokenizer, sequence_length=args.sequence_length)
+            for split in ("train", "validation")
+        }
+    validation = blocks["validation"]
+    if isinstance(validation, IterableDataset):
+        validation = Dataset.from_generator(lambda: iter(validation))
+    if args.max_eval_blocks is not None and args.max_eval_blocks < len(validation):
+        stride = len(validation) / args.max_eval_blocks
+        validation = validation.select([int(i * stride) for i in range(args.max_eval_blocks)])
+    return LanguageData(dict(documents), blocks["train"], validation, tokenizer, corpus_fingerprint(documents))
+
+
+def fit(
+    name: str,
+    model: PreTrainedModel,
+    data: LanguageData,
+    args: TrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fit:
+    """Train `model` into `args.output_dir` and leave it in its trained state; what came out is kept in `fit.json`.
+
+    Called again in the same folder with the same configuration it goes on from the last complete checkpoint, or, if
+    the run was finished, only loads. Raises `ValueError` if the folder holds a run with another configuration.
+    """
+    folder = Path(args.output_dir)
+    signature = _signature(model, data, args)
+    known = _read_fit(folder, signature)
+    if known is not None:
+        logger.info(f"{name}: finished before, loaded from {folder}")
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        return known
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=default_data_collator,
+        processing_class=data.tokenizer,
+    )
+    install_callbacks(trainer, *callbacks, ThroughputCallback())
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / FIT_NAME, json.dumps({"signature": signature}))
+    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(folder)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    logger.info(f"{name}: {time.perf_counter() - start:.0f} s with evaluation and saving")
+    trainer.save_model()
+
+    held_out = held_out_loss(model, data.validation, data.tokenizer, batch_size=args.per_device_eval_batch_size)
+    sequence_length = len(data.validation[0]["input_ids"])
+    tokens = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    tokens *= sequence_length
+    result = Fit(
+        name=name,
+        seed=args.seed,
+        steps=trainer.state.global_step,
+        tokens=tokens,
+        learning_rate=args.learning_rate,
+        train_seconds=_steady_seconds(trainer.state.log_history, trainer.state.global_step),
+        nats_per_token=held_out.nats_per_token,
+        bits_per_character=held_out.bits_per_character,
+        parameters=model.num_parameters(),
+        history=trainer.state.log_history,
+    )
+    if trainer.is_world_process_zero():
+        write_text_atomically(
+            folder / FIT_NAME, json.dumps({"signature": signature, "fit": dataclasses.asdict(result)}, indent=1)
+        )
+    return result
+
+
+def _steady_seconds(history: list[dict], steps: int) -> float:
+    """Seconds of all optimizer steps at the logged steady rate; the log survives a resume, a stopwatch does not."""
+    seconds = covered = previous = 0
+    for row in history:
+        if "loss" in row:
+            if "throughput/step_seconds" in row:
+                seconds += row["throughput/step_seconds"] * (row["step"] - previous)
+                covered += row["step"] - previous
+            previous = row["step"]
+    return seconds / covered * steps if covered else 0.0
+
+
+def _signature(model: PreTrainedModel, data: LanguageData, args: TrainingArguments) -> str:
+    """Hash of what decides the outcome of a run: model, data, optimisation. Where it is written and how often it logs
+    does not."""
+    ignored = (
+        "dir",
+        "log",
+        "save",
+        "report",
+        "hub",
+        "push",
+        "resume",
+        "eval_s",
+        "disable_tqdm",
+        "run_name",
+        "trackio",
+    )
+    options = {k: v for k, v in args.to_sanitized_dict().items() if not any(word in k for word in ignored)}
+    parts = {"model": model.config.to_dict(), "data": data.fingerprint, "args": options}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read_fit(folder: Path, signature: str) -> Fit | None:
+    file = folder / FIT_NAME
+    if not file.exists():
+        if last_complete_checkpoint(folder) is not None:
+            raise ValueError(f"{folder} holds checkpoints of another run. Choose another --output_dir, or delete it.")
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["signature"] != signature:
+        raise ValueError(
+            f"{folder} holds a run with other options (model, data or training arguments). To go on with that run "
+            "give its "
+            "options; to start anew choose another --output_dir, or delete the folder."
+        )
+    return Fit(**content["fit"]) if "fit" in content else None

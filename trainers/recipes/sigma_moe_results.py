@@ -1,0 +1,261 @@
+"""From finished Sigma-MoE runs to `results.json`, figures and the last screen."""
+
+import statistics
+from pathlib import Path
+
+from ..data import python_functions
+from ..evaluation import Completion, NGramModel, complete_functions, parsing_share
+from ..figures import balance_figure, expert_load_figure, loss_figure
+from ..report import (
+    Data,
+    FigureFile,
+    Metric,
+    Model,
+    Results,
+    Sample,
+    collect_versions,
+    command_line,
+    device_name,
+    summarise,
+    write_results,
+)
+from .language_model import Fit, LanguageData
+from .sigma_moe_probes import read_balance, read_switch
+
+
+BITS = "bits/character"
+TAIL = 0.1  # balance is read off the last tenth of a run: a single batch is noise
+
+
+def describe_run(
+    preset, args, data_args, training_args, data: LanguageData, fits: dict[str, Fit], model, seconds
+) -> Results:
+    """Measure what is left to measure, draw the figures, write `results.json` into the run folder."""
+    folder = Path(training_args.output_dir)
+    main = next(iter(fits.values()))
+    metrics = {"held_out_bits_per_character": _quality(fits, args, data)}
+    metrics |= balance_metrics(
+        {name: folder if f is main else folder / "baselines" / name for name, f in fits.items()}
+    )
+    switch = read_switch(folder)
+    if switch is not None:
+        metrics |= switch_metrics([switch], [main.nats_per_token])
+    metrics["train_seconds"] = Metric(
+        value=main.train_seconds,
+        unit="s",
+        higher_is_better=False,
+        note="optimizer steps in steady state; without evaluation and saving",
+        baseline={name: Metric(value=f.train_seconds, unit="s") for name, f in fits.items() if f is not main},
+    )
+    completions = _completions(args.num_completions, model, data)
+    if completions:
+        metrics["completions_that_parse"] = Metric(
+            value=parsing_share(completions),
+            n=len(completions),
+            unit="share",
+            higher_is_better=True,
+            note="greedy completions of held-out functions that ast.parse accepts, prompt included",
+        )
+    results = Results(
+        method="sigma_moe",
+        title="Sigma-MoE",
+        preset=preset,
+        seeds=[training_args.seed],
+        command=command_line(),
+        device=device_name(),
+        versions=collect_versions(),
+        wall_seconds=seconds,
+        metrics=metrics,
+        evidence={
+            "steps": main.steps,
+            "tokens": main.tokens,
+            "tokens_per_step": main.tokens // main.steps,
+            "learning_rate": main.learning_rate,
+            "initial_top_k": args.initial_top_k,
+            "switch_at": args.switch_at,
+        },
+        data=describe_data(data_args, data),
+        model=describe_model(model),
+        figures=_figures(folder, fits),
+        samples=[_sample(c) for c in completions[:4]],
+    )
+    write_results(folder, results)
+    return results
+
+
+def describe_data(data_args, data: LanguageData) -> Data:
+    """The corpus as the card names it."""
+    return Data(
+        name=data_args.dataset_name,
+        fingerprint=data.fingerprint,
+        license=data_args.dataset_license,
+        language=data_args.dataset_language.split(","),
+        note=f"split by document, {data_args.held_out_fraction:.0%} held out, exact duplicates removed; "
+        f"{len(data.tokenizer)} tokens in the vocabulary, blocks of {data_args.sequence_length}",
+    )
+
+
+def describe_model(model) -> Model:
+    """Sizes of a Sigma-MoE model with the experts per token in force."""
+    embeddings = model.get_input_embeddings().weight.numel()
+    head = 0 if model.config.tie_word_embeddings else model.get_output_embeddings().weight.numel()
+    return Model(
+        parameters_total=model.num_parameters(),
+        parameters_active=model.num_active_parameters(),
+        parameters_non_embedding=model.num_parameters() - embeddings - head,
+        note="active: without embeddings and output head, experts per token as in the saved configuration",
+    )
+
+
+def balance_metrics(folders: dict[str, Path | list[Path]]) -> dict[str, Metric]:
+    """Load of layer 0 over the last tenth of each run; the first name is ours, the others are its baselines.
+
+    Each value of `folders` is one run or the runs of several seeds. Runs without a balance log are left out.
+    """
+    readings = {
+        "layer0_max_deviation": ("max_deviation", "busiest expert of layer 0 relative to a uniform share, minus 1"),
+        "layer0_min_deviation": ("min_deviation", "idlest expert of layer 0 relative to a uniform share, minus 1"),
+        "layer0_starved_experts": ("starved_experts", "experts of layer 0 with under a tenth of a uniform share"),
+        "layer0_load_balancing_loss": (
+            "load_balancing_loss",
+            "conventional loss of layer 0; 1 also where it is fooled",
+        ),
+    }
+    better = {"layer0_max_deviation": False, "layer0_min_deviation": True, "layer0_starved_experts": False}
+    metrics = {}
+    for metric, (field, note) in readings.items():
+        runs = {}
+        for name, folder in folders.items():
+            values = [_tail_mean(f, field) for f in (folder if isinstance(folder, list) else [folder])]
+            if None not in values:
+                runs[name] = summarise(values, higher_is_better=better.get(metric))
+        if runs:
+            ours, *baselines = runs
+            metrics[metric] = runs[ours]
+            metrics[metric].note = f"{note}; mean over the last tenth of the run"
+            metrics[metric].baseline = {name: runs[name] for name in baselines}
+    return metrics
+
+
+def switch_metrics(switches: list[dict], final: list[float]) -> dict[str, Metric]:
+    """Held-out loss (nats/token) of the same weights before and after the switch, and at the end of the run, over
+    seeds."""
+    note = "same weights, held-out blocks of the run; step " + str(switches[0]["step"])
+    return {
+        "loss_before_switch": summarise([s["before"] for s in switches], unit="nats/token", note=note),
+        "loss_after_switch": summarise([s["after"] for s in switches], unit="nats/token", note=note),
+        "loss_at_end": summarise(final, unit="nats/token", note="after the rest of the run at the target sparsity"),
+    }
+
+
+def _quality(fits: dict[str, Fit], args, data: LanguageData) -> Metric:
+    main, *baselines = fits.values()
+    baseline = {
+        f.name: Metric(
+            value=f.bits_per_character,
+            unit=BITS,
+            note=f"{f.parameters / 1e6:.1f}M parameters, {f.tokens:,} tokens, {f.train_seconds:.0f} s",
+        )
+        for f in baselines
+    }
+    if args.ngram_order:
+        model = NGramModel(order=args.ngram_order).fit(row["text"] for row in data.documents["train"])
+        held_out = (data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in data.validation)
+        baseline[f"{args.ngram_order}gram"] = Metric(
+            value=model.bits_per_character(held_out),
+            unit=BITS,
+            note="characters, all training documents, same held-out text",
+        )
+    return Metric(
+        value=main.bits_per_character,
+        unit=BITS,
+        higher_is_better=False,
+        note=f"{main.tokens:,} tokens, {main.train_seconds:.0f} s of optimizer steps",
+        baseline=baseline,
+    )
+
+
+def _completions(number: int, model, data: LanguageData) -> list[Completion]:
+    if not number:
+        return []
+    functions = python_functions(data.documents["validation"])
+    budget = data.tokenizer.model_max_length - 96
+    lengths = map(len, data.tokenizer(functions["prompt"], truncation=True, max_length=budget).input_ids)
+    prompts = [prompt for prompt, length in zip(functions["prompt"], lengths) if length < budget]
+    chosen = prompts[:: max(1, len(prompts) // number)][:number]
+    return complete_functions(model, data.tokenizer, chosen)
+
+
+def _sample(completion: Completion) -> Sample:
+    return Sample(
+        prompt=completion.prompt,
+        completion=completion.completion,
+        note="parses" if completion.parses else "does not parse",
+    )
+
+
+def _figures(folder: Path, fits: dict[str, Fit]) -> list[FigureFile]:
+    main, *others = fits.values()
+    figures = []
+    history = read_balance(folder)
+    if history:
+        baseline = read_balance(folder / "baselines" / "lbl_top1") or None
+        balance_figure(history, folder / "figures" / "balance.png", baseline=baseline, label=main.name)
+        caption = "Load of the busiest and the idlest expert of each layer while training."
+        figures.append(FigureFile(path="figures/balance.png", caption=caption))
+        last = max(row["step"] for row in history)
+        fractions = [row["f"] for row in sorted(history, key=lambda r: r["layer"]) if row["step"] == last]
+        expert_load_figure(fractions, folder / "figures" / "expert_load.png")
+        figures.append(
+            FigureFile(path="figures/expert_load.png", caption="Share of tokens of each expert at the end.")
+        )
+    # The evaluation loss that transformers' Qwen3-MoE reports includes its balance loss: not comparable.
+    curves = {f.name: f.curve() for f in fits.values() if f.curve()[0] and f.name != "qwen3_moe"}
+    if curves:
+        loss_figure(curves, folder / "figures" / "loss.png")
+        figures.append(FigureFile(path="figures/loss.png", caption="Held-out loss against training tokens."))
+    return figures
+
+
+def _tail_mean(folder: Path, field: str) -> float | None:
+    rows = [row for row in read_balance(folder) if row["layer"] == 0]
+    if not rows:
+        return None
+    tail = rows[-max(1, round(TAIL * len(rows))) :]
+    return statistics.fmean(row[field] for row in tail)
+
+
+def final_screen(folder: Path, results: Results) -> str:
+    """What was made, where it is, how good it is, and what to type next."""
+    quality = results.metrics["held_out_bits_per_character"]
+    lines = ["", f"Sigma-MoE is trained: {folder}/", ""]
+    lines += [
+        f"  {results.model.parameters_total / 1e6:.1f}M parameters, {results.model.parameters_active / 1e6:.2f}M "
+        "active"
+    ]
+    lines += ["", f"  held-out {BITS} (lower is better)"]
+    rows = {"sigma_moe": quality} | quality.baseline
+    width = max(map(len, rows))
+    lines += [f"    {name:<{width}}  {row.value:.3f}   {row.note}" for name, row in rows.items()]
+    deviation = results.metrics.get("layer0_max_deviation")
+    if deviation is not None:
+        lines += ["", "  busiest expert of layer 0, above a uniform share"]
+        lines += [
+            f"    {n:<{width}}  {v.value:+.0%}" for n, v in ({"sigma_moe": deviation} | deviation.baseline).items()
+        ]
+    if "completions_that_parse" in results.metrics:
+        parsed = results.metrics["completions_that_parse"]
+        lines += ["", f"  {parsed.value:.0%} of {parsed.n} completed held-out functions parse"]
+    lines += [
+        "",
+        f"  model, tokenizer, code   {folder}/",
+        f"  measurements             {folder}/results.json",
+        f"  figures                  {folder}/figures/",
+        "",
+        "Next:",
+        f"  python -m model_cards.build {folder}      # its model card",
+        f"  transformers chat {folder}      # complete your own code (needs transformers[serving])",
+        f"  hf upload YOUR_NAME/sigma-moe-demo {folder} --include '*.safetensors' '*.json' '*.py' '*.md' 'figures/*'",
+        "",
+    ]
+    return "\n".join(lines)
