@@ -9,6 +9,7 @@ OLDEST_TORCH ?= 2.13.0
 # Where and how `make demo` runs; one process on the CPU is what every machine has.
 LAUNCH ?= --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(shell getconf _NPROCESSORS_ONLN)
+RUN ?= runs/demo
 # Extra arguments for the recipe (`make demo ARGS="--seed 1"`) or for pytest (`make test ARGS="-k balance"`).
 ARGS ?=
 
@@ -44,7 +45,8 @@ venv: $(INSTALLED)  ## .venv with the pinned set of constraints.txt
 
 demo: $(INSTALLED)  ## train, save, reload and describe a small Sigma-MoE; the same command resumes
 	$(BIN)/accelerate launch $(LAUNCH) -m trainers.recipes.pretrain_sigma_moe \
-		--preset demo --output_dir runs/demo $(ARGS)
+		--preset demo --output_dir $(RUN) $(ARGS)
+	$(BIN)/python -m model_cards.build $(RUN)
 
 test: $(INSTALLED)  ## everything quick, on the CPU
 	$(PYTEST) -m "not slow and not gpu" $(ARGS)

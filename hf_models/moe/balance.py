@@ -288,16 +288,21 @@ class RoutingWindow:
         `(tokens,)`."""
         rows = []
         for logits, chosen in zip(router_logits, selected, strict=True):
+            logits = logits.float()
             weight = logits.new_ones(logits.shape[0]) if mask is None else mask.to(logits)
-            log_probs = logits.float().log_softmax(dim=-1)
+            log_probs = logits.log_softmax(dim=-1)
             probs = log_probs.exp()
             per_token = torch.stack(
                 (torch.ones_like(weight), -(probs * log_probs).sum(-1), logits.mean(-1), logits.square().mean(-1)),
                 dim=-1,
             )
             counts = expert_counts(chosen, logits.shape[-1], mask)
-            rows.append(torch.cat((counts, weight @ probs, weight @ per_token)).double())
+            # Not a matrix product: autocast would form it, and round 1001 tokens to 1000, in bf16.
+            weight = weight.unsqueeze(-1)
+            rows.append(torch.cat((counts, (weight * probs).sum(0), (weight * per_token).sum(0))))
         total = torch.stack(rows)
+        if total.device.type != "mps":  # the one device without float64; elsewhere counts stay exact in any window
+            total = total.double()
         self._local = total if self._local is None else self._local + total
 
     def summary(self, group: dist.ProcessGroup | None = None) -> dict[str, torch.Tensor] | None:

@@ -177,6 +177,15 @@ class SigmaMoeConfig(PreTrainedConfig):
             raise ValueError(f"preset {name!r} is not known. Choose one of {sorted(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # The parent assigns overrides one by one after validation; merged first, they are checked and derived like any
+        # value.
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in SigmaMoeConfig.__annotations__}
+        if "num_experts_per_tok" in given:
+            given.setdefault("num_experts_per_tok_per_layer", None)
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
     @property
     def top_k_per_layer(self) -> list[int]:
         """Active experts per token of each layer, as in force."""
@@ -194,17 +203,19 @@ class SigmaMoeConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}. Choose a divisor."
             )
-        if self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even one.")
+        if self.head_dim is not None and (self.head_dim < 1 or self.head_dim % 2):
+            what = "odd" if self.head_dim % 2 else "not positive"
+            raise ValueError(f"head_dim={self.head_dim} is {what}; rotary embeddings need a positive even one.")
 
     def validate_experts_per_token(self):
         """Every layer activates between 1 and `num_experts` experts."""
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and num_experts={self.num_experts}."
-            )
         per_layer = self.num_experts_per_tok_per_layer
         if per_layer is None:
+            if not 1 <= self.num_experts_per_tok <= self.num_experts:
+                raise ValueError(
+                    f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and "
+                    f"num_experts={self.num_experts}."
+                )
             return
         if len(per_layer) != self.num_hidden_layers:
             raise ValueError(
@@ -232,6 +243,8 @@ class SigmaMoeConfig(PreTrainedConfig):
             raise ValueError(
                 f"top1_lbl_temperature={self.top1_lbl_temperature} must be positive (0.1 is recommended)."
             )
+        if self.expert_bias_cap is not None and self.expert_bias_cap <= 0:
+            raise ValueError(f"expert_bias_cap={self.expert_bias_cap} must be positive; None turns it off.")
         for field in ("router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative; 0 turns it off.")

@@ -14,7 +14,6 @@ formed per layer and summed (`balance.py`).
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
@@ -39,19 +38,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .balance import (
-    RoutingSums,
-    RoutingWindow,
-    load_balancing_loss_of,
-    router_z_loss,
-    routing_sums,
-    sum_over_ranks,
-    updated_expert_bias,
-)
+from .balance import RoutingWindow
 from .configuration_sigma_moe import SigmaMoeConfig
+from .routing_losses import RoutingLossMixin
 
 
 logger = logging.get_logger(__name__)
@@ -89,12 +81,15 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
 
     def select(self, scores: torch.Tensor) -> torch.Tensor:
         """Indices `(tokens, k)` of the experts with the highest score plus bias."""
-        return torch.topk(scores + self.e_score_correction_bias.float(), self.top_k, dim=-1).indices
+        biased = scores + self.e_score_correction_bias.float()
+        if self.top_k == 1:
+            return biased.max(dim=-1, keepdim=True).indices  # several times as fast as topk on a CPU
+        return biased.topk(self.top_k, dim=-1).indices
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
         # In bf16 the logits of 96 experts tie, and ties route differently from kernel to kernel.
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with maybe_autocast(hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.float(), self.weight.float())  # (tokens, experts)
         scores = self.scores(router_logits)
         indices = self.select(scores.detach())  # (tokens, top_k)
@@ -165,6 +160,15 @@ class SigmaMoePreTrainedModel(PreTrainedModel):
         elif isinstance(module, SigmaMoeTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.e_score_correction_bias)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As in transformers, but experts are written as the 3-D tensors that they are. `save_original_format=True`
+        writes one tensor per expert matrix, as Sigma-V2 and Qwen3-MoE files have it. Both load.
+
+        Trainer resumes through `load_state_dict(..., strict=False)`, which passes over per-expert names: experts would
+        silently go back to their initialisation.
+        """
+        super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     @property
     def routers(self) -> list[SigmaMoeTopKRouter]:
@@ -265,7 +269,7 @@ class SigmaMoeModel(SigmaMoePreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class SigmaMoeForCausalLM(SigmaMoePreTrainedModel, GenerationMixin):
+class SigmaMoeForCausalLM(RoutingLossMixin, SigmaMoePreTrainedModel, GenerationMixin):
     """Language model. While training, or with `output_router_logits=True`, a loss includes the auxiliary losses."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -297,6 +301,7 @@ class SigmaMoeForCausalLM(SigmaMoePreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         learning = self.training and labels is not None
+        self._warn_if_labels_are_withheld(labels, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -334,100 +339,6 @@ class SigmaMoeForCausalLM(SigmaMoePreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 
-    def _routing_losses(
-        self,
-        router_logits: tuple[torch.Tensor, ...],
-        attention_mask: torch.Tensor | None,
-        batch_size: int,
-        learning: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load-balancing loss of each layer `(layers,)` and the z-loss summed over layers `()`.
-
-        While learning both are exact over all ranks; an evaluation on one rank must not wait for the others.
-        """
-        config, kind = self.config, self.config.router_aux_loss_type
-        device, rows = router_logits[0].device, router_logits[0].shape[0]
-        selected = [r.select(r.scores(z.detach())) for r, z in zip(self.routers, router_logits, strict=True)]
-        selected = [s.to(device) for s in selected]  # with device_map, layers live apart
-        logits = [z.to(device) for z in router_logits]
-        # A 4-D mask, or one that also covers cached tokens, does not say which of these rows are padding.
-        says_padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.numel() == rows
-        mask = attention_mask.reshape(-1).to(device) if says_padding else None
-
-        shape = (batch_size, -1) if kind == "sequence" else (rows,)
-        sums = [
-            routing_sums(
-                z.view(*shape, z.shape[-1]),
-                s.view(*shape, s.shape[-1]),
-                mask.view(shape) if mask is not None else None,
-                score_func="softmax" if kind == "top1" else config.aux_scoring_func,
-                temperature=config.top1_lbl_temperature if kind == "top1" else 1.0,
-            )
-            for z, s in zip(logits, selected, strict=True)
-        ]
-        sums = RoutingSums(*(torch.stack(field) for field in zip(*sums, strict=True)))  # (layers, ...)
-        if learning:
-            self._follow_routing(logits, selected, mask)
-        previous = self.routing_window.counts_of_all_ranks if learning else 0
-        balance = load_balancing_loss_of(sums, kind, previous_counts=previous, across_ranks=learning)
-        if learning and kind == "global_batch":
-            self.routing_window.counts_of_all_ranks = previous + sum_over_ranks(sums.counts.detach())
-        z_loss = torch.zeros((), device=device)
-        if config.router_z_loss_coef:
-            z_loss = torch.stack([router_z_loss(z, mask, across_ranks=learning) for z in logits]).sum()
-        return balance, z_loss
-
-    def _follow_routing(
-        self, logits: list[torch.Tensor], selected: list[torch.Tensor], mask: torch.Tensor | None
-    ) -> None:
-        if not self.routing_window.managed:
-            self.routing_window.reset()
-            if self.config.expert_bias_update_rate:
-                logger.warning_once(
-                    "expert_bias_update_rate > 0, but nothing applies it: add "
-                    "trainers.callbacks.ExpertBalanceCallback, or call "
-                    "model.update_expert_bias() after each optimizer step."
-                )
-        self.routing_window.add(logits, selected, mask)
-
-    def _scaled_like_cross_entropy(
-        self,
-        aux: torch.Tensor,
-        labels: torch.Tensor,
-        learning: bool,
-        *,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
-        **_,
-    ) -> torch.Tensor:
-        """Give the auxiliary loss the weight that the cross-entropy of this micro-batch gets, whatever the trainer
-        does to it.
-
-        DDP averages gradients that ought to be added: hence `world`. A Trainer that hands over `num_items_in_batch`,
-        the labels of all micro-batches and ranks of the step, multiplies by `world` itself and expects each
-        micro-batch to bring its share.
-        """
-        world = dist.get_world_size() if learning and dist.is_available() and dist.is_initialized() else 1
-        aux = aux.detach() + world * (aux - aux.detach())
-        if num_items_in_batch is None:
-            return aux
-        targets = labels[..., 1:] if shift_labels is None else shift_labels
-        items = targets.ne(-100).sum().to(aux)
-        items = sum_over_ranks(items) if learning else items
-        return aux * (items / world / num_items_in_batch)
-
-    @torch.no_grad()
-    def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:
-        """Apply the loss-free bias update from the routing since the last reset; once per optimizer step, on every
-        rank."""
-        summary = self.routing_window.summary(group)
-        if summary is None or not self.config.expert_bias_update_rate:
-            return
-        rate, cap = self.config.expert_bias_update_rate, self.config.expert_bias_cap
-        for router, counts in zip(self.routers, summary["counts"], strict=True):
-            bias = router.e_score_correction_bias
-            bias.copy_(updated_expert_bias(bias, counts.to(bias.device), rate=rate, cap=cap))
-
 
 class SigmaMoeForSequenceClassification(GenericForSequenceClassification, SigmaMoePreTrainedModel):
     """The decoder with a classifier on the last real token."""
@@ -446,8 +357,8 @@ class SigmaMoeForTokenClassification(GenericForTokenClassification, SigmaMoePreT
         super().__init__(config)
 
 
-# Checkpoints keep one tensor per expert matrix, the layout of the family and of Qwen3-MoE that other engines read.
-# Registered here, not in the package's registry, because it has to travel with the code of a Hub repository.
+# Files with one tensor per expert matrix, the layout of Sigma-V2 and Qwen3-MoE, load too. Registered here, not in the
+# package's registry, because it has to travel with the code of a Hub repository.
 register_checkpoint_conversion_mapping(
     "sigma_moe",
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..report import write_text_atomically
 from .installation import add_to_log, routed_model
 
 
@@ -56,13 +57,17 @@ class ExpertBalanceCallback(TrainerCallback):
         self._warned: set[tuple[str, int]] = set()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not hasattr(routed_model(model), "routing_window"):
+            raise TypeError(
+                f"{type(routed_model(model)).__name__} does not record its routing; use a SigmaMoeForCausalLM."
+            )
         routed_model(model).routing_window.managed = True
         self._file = Path(self.path) if self.path is not None else Path(args.output_dir) / "logs" / "balance.jsonl"
         if state.is_world_process_zero:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # A killed run has written steps that the checkpoint it resumes from does not have.
             kept = [line for line in _lines(self._file) if json.loads(line)["step"] <= state.global_step]
-            self._file.write_text("".join(kept))
+            write_text_atomically(self._file, "".join(kept))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         routed_model(model).routing_window.reset()

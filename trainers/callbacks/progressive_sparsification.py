@@ -52,7 +52,7 @@ class ProgressiveSparsificationCallback(TrainerCallback):
         starts = [stage.start for stage in self.stages]
         if not starts or starts[0] != 0:
             raise ValueError(f"stages start at {starts}: the first must start at 0, so that every step has a stage.")
-        if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        if any(not b > a for a, b in zip(starts, starts[1:], strict=False)):
             raise ValueError(f"stages start at {starts}: each must start after the one before.")
         if unit == "fraction" and starts[-1] >= 1:
             raise ValueError(f"stages start at {starts}: a fraction of the run lies in [0, 1).")
@@ -63,11 +63,10 @@ class ProgressiveSparsificationCallback(TrainerCallback):
         if self.unit == "tokens":
             position = state.num_input_tokens_seen
         else:
-            # Comparing steps with `start * max_steps` (not `step / max_steps` with `start`) keeps whole-number
-            # switches exact.
             position = state.global_step
         scale = state.max_steps if self.unit == "fraction" else 1
-        return max(i for i, stage in enumerate(self.stages) if position >= stage.start * scale)
+        # Rounded, since 0.07 * 100 is a little more than 7.
+        return max(i for i, stage in enumerate(self.stages) if position >= round(stage.start * scale, 6))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.unit == "tokens" and args.include_num_input_tokens_seen in (False, "no"):
@@ -77,7 +76,7 @@ class ProgressiveSparsificationCallback(TrainerCallback):
             )
         routed, layers = routed_model(model), routed_model(model).config.num_hidden_layers
         for number, stage in enumerate(self.stages):
-            values = stage.top_k if isinstance(stage.top_k, list) else [stage.top_k] * layers
+            values = stage.top_k if isinstance(stage.top_k, (list, tuple)) else [stage.top_k] * layers
             if len(values) != layers or not all(1 <= k <= routed.config.num_experts for k in values):
                 raise ValueError(
                     f"stage {number} has top_k={stage.top_k}, which does not fit num_hidden_layers={layers} and "

@@ -48,13 +48,14 @@ def parse_arguments(
 ) -> tuple[str, list[Any]]:
     """The name of the preset and one instance of each dataclass in `types`.
 
-    Values come from the dataclass, then `--preset NAME`, then `--config FILE` (YAML or JSON), then the command line.
+    Values come from the dataclass, then `--preset NAME`, then `--config FILE` (YAML or JSON), then the command line. A
+    list may be empty (`--baselines` alone), which takes back what the preset says.
 
     Raises:
         SystemExit: an unknown preset, file or option, with the message of argparse naming it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=sorted(presets), default=default_preset, help="Named set of defaults.")
     first.add_argument("--config", type=Path, default=None, help="YAML or JSON file with any of the options below.")
     chosen, rest = first.parse_known_args(argv)
@@ -65,11 +66,20 @@ def parse_arguments(
         defaults |= _read_file(chosen.config, parser)
     for name in sorted(set(defaults) - known):
         parser.error(f"{name!r} in the preset or {chosen.config} is not an option of this recipe (see --help)")
-    parser.set_defaults(**defaults)
-    # A required option that a preset or file has set is no longer required.
     for action in parser._actions:
+        # A required option that a preset or file has set is no longer required.
         action.required = action.required and action.dest not in defaults
-    *values, _ = parser.parse_args_into_dataclasses(rest) if rest else parser.parse_args_into_dataclasses([])
+        if action.nargs == "+":
+            action.nargs = "*"
+            # `baselines: dense` in a file would be taken for a list of letters.
+            if isinstance(defaults.get(action.dest), (str, int, float)):
+                defaults[action.dest] = [defaults[action.dest]]
+    parser.set_defaults(**defaults)
+    *values, _, unknown = parser.parse_args_into_dataclasses(
+        rest, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown options: {' '.join(unknown)} (see --help)")
     return chosen.preset, values
 
 

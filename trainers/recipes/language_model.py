@@ -2,24 +2,29 @@
 it."""
 
 import dataclasses
+import errno
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
 from transformers.utils import logging
 
-from ..callbacks import ThroughputCallback, install_callbacks
+from ..callbacks import ProgressiveSparsificationCallback, ThroughputCallback, install_callbacks
 from ..data import corpus_fingerprint, load_text_dataset, load_tokenizer, pack_documents, train_tokenizer
 from ..evaluation import held_out_loss
 from ..report import write_text_atomically
@@ -93,6 +98,8 @@ def prepare_language_data(args: DataArguments, training_args: TrainingArguments)
         }
     validation = blocks["validation"]
     if isinstance(validation, IterableDataset):
+        if args.max_eval_blocks is not None:
+            validation = validation.take(args.max_eval_blocks)  # a stream may be far longer than what is wanted
         validation = Dataset.from_generator(lambda: iter(validation))
     if args.max_eval_blocks is not None and args.max_eval_blocks < len(validation):
         stride = len(validation) / args.max_eval_blocks
@@ -113,11 +120,12 @@ def fit(
     the run was finished, only loads. Raises `ValueError` if the folder holds a run with another configuration.
     """
     folder = Path(args.output_dir)
-    signature = _signature(model, data, args)
+    require_writable(folder)
+    signature = _signature(model, data, args, callbacks)
     known = _read_fit(folder, signature)
     if known is not None:
         logger.info(f"{name}: finished before, loaded from {folder}")
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        _restore_weights(model, folder)
         return known
 
     trainer = Trainer(
@@ -129,14 +137,15 @@ def fit(
         processing_class=data.tokenizer,
     )
     install_callbacks(trainer, *callbacks, ThroughputCallback())
+    if args.disable_tqdm:  # Trainer would print every log line instead, from each of several runs at a time
+        trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / FIT_NAME, json.dumps({"signature": signature}))
     checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(folder)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _train_and_save(trainer, Path(checkpoint) if checkpoint else None)
     logger.info(f"{name}: {time.perf_counter() - start:.0f} s with evaluation and saving")
-    trainer.save_model()
 
     held_out = held_out_loss(model, data.validation, data.tokenizer, batch_size=args.per_device_eval_batch_size)
     sequence_length = len(data.validation[0]["input_ids"])
@@ -161,6 +170,54 @@ def fit(
     return result
 
 
+def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Train from `checkpoint` on. `OSError` with the remedy where the disk is the reason that it ends early."""
+    over = False
+    if checkpoint is not None and any(checkpoint.glob("*.safetensors")):
+        # Trainer passes over tensors whose names the model does not have. Qwen3-MoE's files hold one tensor per expert
+        # matrix, the model one for all experts, which would go back to their initialisation.
+        _restore_weights(trainer.model, checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        over = state.global_step >= state.max_steps > 0
+    try:
+        if over:
+            # Killed between the last checkpoint and the end of the run: Trainer would make one more step.
+            trainer.state = state
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.save_model()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_about_the_disk(error):
+            raise
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"Saving after step {trainer.state.global_step} failed ({error}); earlier checkpoints are untouched. Free "
+            "space on the disk, then the same command goes on from the last complete one",
+            trainer.args.output_dir,
+        ) from error
+
+
+def require_writable(folder: Path) -> None:
+    """Fail before the work where its results could not be saved. `OSError` that names the remedy."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"Cannot write there ({reason}); choose an --output_dir that you may write to", str(folder)
+        ) from error
+
+
+def _is_about_the_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+    # torch.save has no error of its own: a failed write, then an archive of the wrong length when it is closed.
+    told_by_torch = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
+    return isinstance(error, SafetensorError) or told_by_torch
+
+
 def _steady_seconds(history: list[dict], steps: int) -> float:
     """Seconds of all optimizer steps at the logged steady rate; the log survives a resume, a stopwatch does not."""
     seconds = covered = previous = 0
@@ -173,9 +230,18 @@ def _steady_seconds(history: list[dict], steps: int) -> float:
     return seconds / covered * steps if covered else 0.0
 
 
-def _signature(model: PreTrainedModel, data: LanguageData, args: TrainingArguments) -> str:
-    """Hash of what decides the outcome of a run: model, data, optimisation. Where it is written and how often it logs
-    does not."""
+def _restore_weights(model: PreTrainedModel, folder: Path) -> None:
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    if hasattr(model, "set_experts_per_token"):
+        model.set_experts_per_token(saved.config.num_experts_per_tok_per_layer or saved.config.num_experts_per_tok)
+
+
+def _signature(
+    model: PreTrainedModel, data: LanguageData, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
+) -> str:
+    """Hash of what decides the outcome of a run: model, schedule, data, optimisation. Where it is written and how
+    often it logs does not."""
     ignored = (
         "dir",
         "log",
@@ -190,7 +256,16 @@ def _signature(model: PreTrainedModel, data: LanguageData, args: TrainingArgumen
         "trackio",
     )
     options = {k: v for k, v in args.to_sanitized_dict().items() if not any(word in k for word in ignored)}
-    parts = {"model": model.config.to_dict(), "data": data.fingerprint, "args": options}
+    schedules = [(c.unit, c.stages) for c in callbacks if isinstance(c, ProgressiveSparsificationCallback)]
+    # The fingerprint knows neither the split nor the tokenizer nor the cut; the first blocks know all three.
+    blocks = [next(iter(split))["input_ids"] for split in (data.train, data.validation)]
+    blocks.append([len(data.validation)] + ([] if isinstance(data.train, IterableDataset) else [len(data.train)]))
+    parts = {
+        "model": model.config.to_dict(),
+        "schedules": schedules,
+        "data": [data.fingerprint, blocks],
+        "args": options,
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 

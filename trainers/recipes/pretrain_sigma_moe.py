@@ -21,8 +21,8 @@ from transformers.utils import logging
 from hf_models.moe import SIGMA_MOE_TINY_INITIAL_TOP_K, SigmaMoeConfig
 
 from .arguments import DataArguments, parse_arguments, training_arguments_of
-from .language_model import LanguageData, fit, prepare_language_data
-from .sigma_moe_arms import Schedule, build_arm
+from .language_model import Fit, LanguageData, fit, prepare_language_data, require_writable
+from .sigma_moe_arms import ARMS, Schedule, build_arm
 from .sigma_moe_probes import LiveBalanceFigure, SwitchProbe
 from .sigma_moe_results import describe_run, final_screen
 
@@ -140,6 +140,7 @@ def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, tra
     """Train the model and its baselines, measure, and write `results.json`; the run folder is returned."""
     start = time.perf_counter()
     folder = Path(training_args.output_dir)
+    require_writable(folder)
     data = prepare_language_data(data_args, training_args)
     config = model_config(args, data, data_args.sequence_length)
     main_arm = "progressive" if args.initial_top_k else "lbl_top1"
@@ -149,8 +150,9 @@ def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, tra
     for name in [main_arm, *args.baselines]:
         own_args = training_args
         if name == "dense_equal_seconds":
-            scale = fits[main_arm].train_seconds / fits["dense"].train_seconds
-            own_args = training_arguments_of(training_args, max_steps=round(training_args.max_steps * scale))
+            own_args = training_arguments_of(
+                training_args, max_steps=steps_in_equal_seconds(fits[main_arm], fits["dense"])
+            )
         if name != main_arm:
             own_args = training_arguments_of(
                 own_args, output_dir=str(folder / "baselines" / name), resume_from_checkpoint=None
@@ -174,6 +176,16 @@ def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, tra
     return folder
 
 
+def steps_in_equal_seconds(ours: Fit, baseline: Fit) -> int:
+    """Steps that `baseline` makes in the time of `ours`. `ValueError` if a run was too short to be timed."""
+    if not ours.train_seconds or not baseline.train_seconds:
+        raise ValueError(
+            f"{ours.steps} steps are too few to measure their speed (the first ones count as start-up), so "
+            "dense_equal_seconds has no number of steps. Raise --max_steps, or leave it out of --baselines."
+        )
+    return max(1, round(baseline.steps * ours.train_seconds / baseline.train_seconds))
+
+
 def _reload(folder: Path, trained: torch.nn.Module) -> torch.nn.Module:
     """The saved model as any user loads it, after checking that it computes what was trained."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -192,6 +204,12 @@ def main(argv: list[str] | None = None) -> None:
     preset, (args, data_args, training_args) = parse_arguments(
         (SigmaMoeArguments, DataArguments, TrainingArguments), PRESETS, argv, default_preset="demo"
     )
+    # Known before hours of training, not after.
+    unknown = sorted(set(args.baselines) - {*ARMS, "dense_equal_seconds"})
+    if unknown:
+        raise SystemExit(
+            f"--baselines {' '.join(unknown)}: not known. Choose from {', '.join([*ARMS, 'dense_equal_seconds'])}."
+        )
     if (
         "dense_equal_seconds" in args.baselines
         and "dense" not in args.baselines[: args.baselines.index("dense_equal_seconds")]

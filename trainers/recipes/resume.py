@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zipfile
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,11 +34,21 @@ def _what_is_missing(folder: Path) -> str | None:
         json.loads(state.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json is missing or cut off"
-    weights = list(folder.glob("*.safetensors"))
-    if not weights:
+    weights = {file.name: file for file in folder.glob("*.safetensors")}
+    if not weights and not any(folder.glob("pytorch_model_fsdp*/.metadata")):  # shards of FSDP's own kind
         return "no safetensors file"
-    for file in weights:
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError):
+            return f"{index.name} is cut off"
+        if missing := sorted(named - set(weights)):
+            return f"{missing[0]} is missing"
+    for file in weights.values():
         if not _is_whole(file):
+            return f"{file.name} is cut off"
+    for file in folder.glob("*.pt*"):  # optimizer, scheduler, random states: archives whose directory comes last
+        if file.is_file() and not zipfile.is_zipfile(file):
             return f"{file.name} is cut off"
     return None
 

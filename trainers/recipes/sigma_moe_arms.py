@@ -44,13 +44,14 @@ def build_arm(
     name: str, config: SigmaMoeConfig, schedule: Schedule, seed: int
 ) -> tuple[PreTrainedModel, list[TrainerCallback]]:
     """Model (freshly initialised from `seed`) and callbacks of an arm. `ValueError` for an unknown name."""
-    if name not in _ARMS:
-        raise ValueError(f"arm {name!r} is not known. Choose from {sorted(_ARMS)}.")
+    if name not in ARMS:
+        raise ValueError(f"arm {name!r} is not known. Choose from {sorted(ARMS)}.")
     set_seed(seed)
-    return _ARMS[name](config, schedule)
+    return ARMS[name](config, schedule)
 
 
 def _changed(config: SigmaMoeConfig, **changes) -> SigmaMoeConfig:
+    # Always a copy: the schedule and Trainer write into a model's config, and arms must not see each other's.
     return SigmaMoeConfig(**{**config.to_dict(), **changes})
 
 
@@ -60,14 +61,14 @@ def _balance_callback() -> ExpertBalanceCallback:
 
 def _progressive(config: SigmaMoeConfig, schedule: Schedule):
     stages = [(0, schedule.initial_top_k), (schedule.switch_at, 1)]
-    return SigmaMoeForCausalLM(config), [
+    return SigmaMoeForCausalLM(_changed(config)), [
         ProgressiveSparsificationCallback(stages, unit="fraction"),
         _balance_callback(),
     ]
 
 
 def _lbl_top1(config: SigmaMoeConfig, schedule: Schedule):
-    return SigmaMoeForCausalLM(config), [_balance_callback()]
+    return SigmaMoeForCausalLM(_changed(config)), [_balance_callback()]
 
 
 def _top1_lbl(config: SigmaMoeConfig, schedule: Schedule):
@@ -119,7 +120,7 @@ def _qwen3_moe(config: SigmaMoeConfig, schedule: Schedule):
     return Qwen3MoeForCausalLM(fine_grained), []
 
 
-_ARMS: dict[str, Callable] = {
+ARMS: dict[str, Callable] = {
     "progressive": _progressive,
     "lbl_top1": _lbl_top1,
     "top1_lbl": _top1_lbl,

@@ -1,6 +1,7 @@
 """What the Sigma-MoE recipe watches while it trains: the loss at the switch, and a figure of the balance as it
 develops."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -25,21 +26,22 @@ class SwitchProbe(TrainerCallback):
         self.schedule, self.data = schedule, data
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        routed = routed_model(model)
-        before = routed.config.top_k_per_layer
-        top_k = self.schedule.stages[self.schedule.stage_at(state)].top_k
-        after = top_k if isinstance(top_k, list) else [top_k] * len(before)
-        if before == after:
+        # From the steps alone, not from the model: a run that resumes right at the switch begins with the new stage.
+        earlier = dataclasses.replace(state, global_step=max(0, state.global_step - 1))
+        numbers = [self.schedule.stage_at(earlier), self.schedule.stage_at(state)]
+        if numbers[0] == numbers[1]:
             return
-        losses = []
-        for stage in (before, after):
-            routed.set_experts_per_token(stage)
+        routed, losses, stages = routed_model(model), [], []
+        in_force = routed.config.num_experts_per_tok_per_layer or routed.config.num_experts_per_tok
+        for number in numbers:
+            routed.set_experts_per_token(self.schedule.stages[number].top_k)
+            stages.append(routed.config.top_k_per_layer)
             losses.append(held_out_loss(routed, self.data.validation, self.data.tokenizer).nats_per_token)
-        routed.set_experts_per_token(before)
+        routed.set_experts_per_token(in_force)
         if state.is_world_process_zero:
             file = Path(args.output_dir) / "logs" / "switch.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            record = {"step": state.global_step, "before": losses[0], "after": losses[1], "top_k": [before, after]}
+            record = {"step": state.global_step, "before": losses[0], "after": losses[1], "top_k": stages}
             write_text_atomically(file, json.dumps(record))
 
 

@@ -3,6 +3,8 @@
 import statistics
 from pathlib import Path
 
+from transformers.utils import logging
+
 from ..data import python_functions
 from ..evaluation import Completion, NGramModel, complete_functions, parsing_share
 from ..figures import balance_figure, expert_load_figure, loss_figure
@@ -23,6 +25,7 @@ from .language_model import Fit, LanguageData
 from .sigma_moe_probes import read_balance, read_switch
 
 
+logger = logging.get_logger(__name__)
 BITS = "bits/character"
 TAIL = 0.1  # balance is read off the last tenth of a run: a single batch is noise
 
@@ -85,8 +88,9 @@ def describe_run(
 
 def describe_data(data_args, data: LanguageData) -> Data:
     """The corpus as the card names it."""
+    name = data_args.dataset_name
     return Data(
-        name=data_args.dataset_name,
+        name=Path(name).name if Path(name).is_absolute() else name,  # a card names no path of this machine
         fingerprint=data.fingerprint,
         license=data_args.dataset_license,
         language=data_args.dataset_language.split(","),
@@ -178,10 +182,16 @@ def _quality(fits: dict[str, Fit], args, data: LanguageData) -> Metric:
 def _completions(number: int, model, data: LanguageData) -> list[Completion]:
     if not number:
         return []
-    functions = python_functions(data.documents["validation"])
-    budget = data.tokenizer.model_max_length - 96
-    lengths = map(len, data.tokenizer(functions["prompt"], truncation=True, max_length=budget).input_ids)
-    prompts = [prompt for prompt, length in zip(functions["prompt"], lengths) if length < budget]
+    try:
+        functions = python_functions(data.documents["validation"])
+    except ValueError as error:  # at the end of a long run on prose, no reason to lose its results
+        logger.warning(f"No completions: {error}")
+        return []
+    # Not the tokenizer's limit: one that was not trained here may have none.
+    budget = model.config.max_position_embeddings - 96
+    prompts = list(functions["prompt"])
+    lengths = map(len, data.tokenizer(prompts, verbose=False).input_ids)
+    prompts = [prompt for prompt, length in zip(prompts, lengths) if length <= budget]
     chosen = prompts[:: max(1, len(prompts) // number)][:number]
     return complete_functions(model, data.tokenizer, chosen)
 
@@ -246,6 +256,14 @@ def final_screen(folder: Path, results: Results) -> str:
     if "completions_that_parse" in results.metrics:
         parsed = results.metrics["completions_that_parse"]
         lines += ["", f"  {parsed.value:.0%} of {parsed.n} completed held-out functions parse"]
+    complete = (
+        'python -c "import hf_models, transformers as t; '
+        f"print(t.pipeline('text-generation', '{folder}')('def read(path):')[0]['generated_text'])\""
+    )
+    # `*` also matches what lies in folders below: without the exclusions checkpoints and baselines would go along.
+    upload = " ".join(f"--include '{pattern}'" for pattern in ("*.safetensors", "*.json", "*.py", "*.md", "figures/*"))
+    upload += "".join(f" --exclude '{name}/*'" for name in ("checkpoint-*", "baselines", "logs", "runs"))
+    upload += " --exclude fit.json"
     lines += [
         "",
         f"  model, tokenizer, code   {folder}/",
@@ -254,8 +272,8 @@ def final_screen(folder: Path, results: Results) -> str:
         "",
         "Next:",
         f"  python -m model_cards.build {folder}      # its model card",
-        f"  transformers chat {folder}      # complete your own code (needs transformers[serving])",
-        f"  hf upload YOUR_NAME/sigma-moe-demo {folder} --include '*.safetensors' '*.json' '*.py' '*.md' 'figures/*'",
+        f"  {complete}",
+        f"  hf upload YOUR_NAME/sigma-moe-demo {folder} {upload}",
         "",
     ]
     return "\n".join(lines)

@@ -1,0 +1,135 @@
+# Copyright 2026 The hf-sigma authors. Licensed under the Apache License, Version 2.0.
+"""What a language-model head adds to its loss for the sake of its routers, scaled as trainers expect it."""
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging
+
+from .balance import (
+    RoutingSums,
+    load_balancing_loss_of,
+    router_z_loss,
+    routing_sums,
+    sum_over_ranks,
+    updated_expert_bias,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+class RoutingLossMixin:
+    """Balance and z-loss of a causal language model with `routers`, `config` and a `routing_window`."""
+
+    def _routing_losses(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        batch_size: int,
+        learning: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Load-balancing loss of each layer `(layers,)` and the z-loss summed over layers `()`.
+
+        While learning both are exact over all ranks; an evaluation on one rank must not wait for the others.
+        """
+        config, kind = self.config, self.config.router_aux_loss_type
+        device, rows = router_logits[0].device, router_logits[0].shape[0]
+        if learning:
+            self._require_gradients(router_logits)
+        selected = [r.select(r.scores(z.detach())) for r, z in zip(self.routers, router_logits, strict=True)]
+        selected = [s.to(device) for s in selected]  # with device_map, layers live apart
+        logits = [z.to(device) for z in router_logits]
+        # A 4-D mask, or one that also covers cached tokens, does not say which of these rows are padding.
+        says_padding = attention_mask is not None and attention_mask.dim() == 2 and attention_mask.numel() == rows
+        mask = attention_mask.reshape(-1).to(device) if says_padding else None
+
+        shape = (batch_size, -1) if kind == "sequence" else (rows,)
+        sums = [
+            routing_sums(
+                z.view(*shape, z.shape[-1]),
+                s.view(*shape, s.shape[-1]),
+                mask.view(shape) if mask is not None else None,
+                score_func="softmax" if kind == "top1" else config.aux_scoring_func,
+                temperature=config.top1_lbl_temperature if kind == "top1" else 1.0,
+            )
+            for z, s in zip(logits, selected, strict=True)
+        ]
+        sums = RoutingSums(*(torch.stack(field) for field in zip(*sums, strict=True)))  # (layers, ...)
+        if learning:
+            self._follow_routing(logits, selected, mask)
+        previous = self.routing_window.counts_of_all_ranks if learning else 0
+        balance = load_balancing_loss_of(sums, kind, previous_counts=previous, across_ranks=learning)
+        if learning and kind == "global_batch":
+            self.routing_window.counts_of_all_ranks = previous + sum_over_ranks(sums.counts.detach())
+        z_loss = torch.zeros((), device=device)
+        if config.router_z_loss_coef:
+            z_loss = torch.stack([router_z_loss(z, mask, across_ranks=learning) for z in logits]).sum()
+        return balance, z_loss
+
+    def _require_gradients(self, router_logits: tuple[torch.Tensor, ...]) -> None:
+        lost = any(r.weight.requires_grad and not z.requires_grad for r, z in zip(self.routers, router_logits))
+        if lost and torch.is_grad_enabled():
+            raise ValueError(
+                "The router logits carry no gradient, so the balance losses would be lost: reentrant gradient "
+                "checkpointing runs the layers without a graph. Use gradient_checkpointing_kwargs={'use_reentrant': "
+                "False}."
+            )
+
+    def _follow_routing(
+        self, logits: list[torch.Tensor], selected: list[torch.Tensor], mask: torch.Tensor | None
+    ) -> None:
+        if not self.routing_window.managed:
+            self.routing_window.reset()
+            if self.config.expert_bias_update_rate:
+                logger.warning_once(
+                    "expert_bias_update_rate > 0, but nothing applies it: add "
+                    "trainers.callbacks.ExpertBalanceCallback, or call "
+                    "model.update_expert_bias() after each optimizer step."
+                )
+        self.routing_window.add(logits, selected, mask)
+
+    def _scaled_like_cross_entropy(
+        self,
+        aux: torch.Tensor,
+        labels: torch.Tensor,
+        learning: bool,
+        *,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **_,
+    ) -> torch.Tensor:
+        """Give the auxiliary loss the weight that the cross-entropy of this micro-batch gets, whatever the trainer
+        does to it.
+
+        DDP averages gradients that ought to be added: hence `world`. A Trainer that hands over `num_items_in_batch`,
+        the labels of all micro-batches and ranks of the step, multiplies by `world` itself and expects each
+        micro-batch to bring its share.
+        """
+        world = dist.get_world_size() if learning and dist.is_available() and dist.is_initialized() else 1
+        aux = aux.detach() + world * (aux - aux.detach())
+        if num_items_in_batch is None:
+            return aux
+        targets = labels[..., 1:] if shift_labels is None else shift_labels
+        items = targets.ne(-100).sum().to(aux)
+        items = sum_over_ranks(items) if learning else items
+        return aux * (items / world / num_items_in_batch)
+
+    @torch.no_grad()
+    def update_expert_bias(self, group: dist.ProcessGroup | None = None) -> None:
+        """Apply the loss-free bias update from the routing since the last reset; once per optimizer step, on every
+        rank."""
+        summary = self.routing_window.summary(group)
+        if summary is None or not self.config.expert_bias_update_rate:
+            return
+        rate, cap = self.config.expert_bias_update_rate, self.config.expert_bias_cap
+        for router, counts in zip(self.routers, summary["counts"], strict=True):
+            bias = router.e_score_correction_bias
+            bias.copy_(updated_expert_bias(bias, counts.to(bias.device), rate=rate, cap=cap))
+
+    def _warn_if_labels_are_withheld(self, labels: torch.Tensor | None, kwargs: dict) -> None:
+        if self.training and labels is None and "num_items_in_batch" in kwargs:
+            logger.warning_once(
+                "Training without labels in the forward (label_smoothing_factor, compute_loss_func): the balance "
+                "losses are not in the loss and the routing statistics stay empty. Add them yourself, or let the "
+                "model see the labels."
+            )

@@ -1,0 +1,24 @@
+"""The command line: `python -m trainers.benchmarks NAME [options]`, where NAME is a module of this folder."""
+
+import argparse
+
+from . import step
+
+
+BENCHMARKS = {"step": step}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainers.benchmarks", description="Measure the speed of hf-sigma."
+    )
+    names = parser.add_subparsers(dest="benchmark", required=True)
+    for name, module in BENCHMARKS.items():
+        summary = module.__doc__.split("\n\n")[0]
+        module.add_arguments(names.add_parser(name, description=summary, help=summary))
+    options = parser.parse_args(arguments)
+    BENCHMARKS[options.benchmark].run(options)
+
+
+if __name__ == "__main__":
+    main()
