@@ -1,10 +1,8 @@
 """How callbacks that add to the logs reach the reporters, and how they find the model that routes."""
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
-
-from hf_models.moe import SigmaMoePreTrainedModel
 
 
 def install_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
@@ -21,10 +19,11 @@ def install_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
-def routed_model(model: torch.nn.Module) -> SigmaMoePreTrainedModel:
+def routed_model(model: torch.nn.Module) -> PreTrainedModel:
     """The outermost Sigma-MoE model inside `model` (PEFT and other wrappers allowed). `TypeError` if there is none."""
     for module in model.modules():
-        if isinstance(module, SigmaMoePreTrainedModel):
+        # By what it can do, not by its class: the same class loaded from a Hub repository is another object.
+        if isinstance(module, PreTrainedModel) and hasattr(module, "set_experts_per_token"):
             return module
     raise TypeError(
         f"{type(model).__name__} holds no Sigma-MoE model, so there are no routers to work on. Use a model of "

@@ -134,13 +134,13 @@ def load_tokenizer(path_or_id: str | os.PathLike, **kwargs) -> PreTrainedTokeniz
     except (OSError, ValueError, KeyError) as error:
         raise OSError(
             f"{path_or_id}: no tokenizer could be loaded ({str(error).strip().splitlines()[0]}). Name another with "
-            "--tokenizer_name, or train one on the data with --train_tokenizer."
+            "--tokenizer_name; recipes train one on the data if it is left out."
         ) from error
     # For a folder that holds a known model but no tokenizer files, transformers makes up an empty tokenizer.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ValueError(
             f"{path_or_id}: the tokenizer files are missing (the vocabulary is empty). Name another tokenizer with "
-            "--tokenizer_name, or train one on the data with --train_tokenizer."
+            "--tokenizer_name; recipes train one on the data if it is left out."
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(

@@ -38,35 +38,45 @@ def complete_functions(
     completions = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)[
-            0, inputs["input_ids"].shape[1] :
-        ]
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)
+        out = out[0, inputs["input_ids"].shape[1] :]
         ended = tokenizer.eos_token_id in out.tolist()
         body = _end_of_function(prompt, tokenizer.decode(out, skip_special_tokens=True), ended)
-        completions.append(Completion(prompt, body, bool(body.strip()) and _parses(prompt + body)))
+        completions.append(Completion(prompt, body, _parses_with_a_body(prompt + body)))
     return completions
 
 
 def parsing_share(completions: list[Completion]) -> float:
-    """Share in [0, 1] of the completions that parse."""
+    """Share in [0, 1] of the completions that parse. `ValueError` without any."""
+    if not completions:
+        raise ValueError("completions is empty: there is no share of nothing.")
     return sum(c.parses for c in completions) / len(completions)
 
 
 def _end_of_function(prompt: str, text: str, ended: bool) -> str:
-    outer = len(prompt) - len(prompt.lstrip(" "))
+    outer = _indentation(prompt)
     lines = text.splitlines(keepends=True)
     if lines and not ended and not lines[-1].endswith("\n"):
         lines.pop()
     for number, line in enumerate(lines):
         continues_prompt = number == 0 and not prompt.endswith("\n")
-        if line.strip() and not continues_prompt and len(line) - len(line.lstrip(" ")) <= outer:
+        if line.strip() and not continues_prompt and _indentation(line) <= outer:
             return "".join(lines[:number])
     return "".join(lines)
 
 
-def _parses(source: str) -> bool:
+def _indentation(line: str) -> int:
+    line = line.expandtabs()
+    return len(line) - len(line.lstrip(" "))
+
+
+def _parses_with_a_body(source: str) -> bool:
     try:
-        ast.parse(textwrap.dedent(source))
+        functions = [
+            n
+            for n in ast.walk(ast.parse(textwrap.dedent(source)))
+            if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return True
+    return bool(functions) and len(functions[0].body) > (ast.get_docstring(functions[0]) is not None)

@@ -33,6 +33,9 @@ class DataArguments:
         default=None, metadata={"help": "Folder or Hub id; without one, a tokenizer is trained on the training split."}
     )
     tokenizer_vocab_size: int = 4096
+    tokenizer_max_documents: int = dataclasses.field(
+        default=100_000, metadata={"help": "Train the tokenizer on at most this many documents."}
+    )
     sequence_length: int = 256
     max_eval_blocks: int | None = dataclasses.field(
         default=None, metadata={"help": "Evaluate on at most this many held-out blocks, taken evenly."}

@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
@@ -87,7 +88,7 @@ def prepare_language_data(args: DataArguments, training_args: TrainingArguments)
             tokenizer = load_tokenizer(args.tokenizer_name)
         else:
             tokenizer = train_tokenizer(
-                (row["text"] for row in documents["train"]),
+                (row["text"] for row in islice(documents["train"], args.tokenizer_max_documents)),
                 vocab_size=args.tokenizer_vocab_size,
                 model_max_length=args.sequence_length,
                 show_progress=False,
@@ -104,7 +105,9 @@ def prepare_language_data(args: DataArguments, training_args: TrainingArguments)
     if args.max_eval_blocks is not None and args.max_eval_blocks < len(validation):
         stride = len(validation) / args.max_eval_blocks
         validation = validation.select([int(i * stride) for i in range(args.max_eval_blocks)])
-    return LanguageData(dict(documents), blocks["train"], validation, tokenizer, corpus_fingerprint(documents))
+    # Reading a whole stream to name it would cost an epoch; its revision names it as well.
+    fingerprint = f"stream:{args.dataset_revision}" if args.streaming else corpus_fingerprint(documents)
+    return LanguageData(dict(documents), blocks["train"], validation, tokenizer, fingerprint)
 
 
 def fit(

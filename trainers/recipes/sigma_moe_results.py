@@ -94,6 +94,7 @@ def describe_data(data_args, data: LanguageData) -> Data:
         fingerprint=data.fingerprint,
         license=data_args.dataset_license,
         language=data_args.dataset_language.split(","),
+        hub_id=name if name.count("/") == 1 and not Path(name).exists() else None,
         note=f"split by document, {data_args.held_out_fraction:.0%} held out, exact duplicates removed; "
         f"{len(data.tokenizer)} tokens in the vocabulary, blocks of {data_args.sequence_length}",
     )

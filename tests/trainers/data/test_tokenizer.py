@@ -79,7 +79,7 @@ def test_bad_input(tmp_path, tokenizer):
         train_tokenizer(TEXTS, vocab_size=260)
     with pytest.raises(ValueError, match="no text"):
         train_tokenizer(["", ""], vocab_size=300)
-    with pytest.raises(OSError, match="--train_tokenizer"):
+    with pytest.raises(OSError, match="--tokenizer_name"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     with pytest.raises(ValueError, match="files are missing.*--tokenizer_name"):

@@ -41,7 +41,7 @@ def test_the_default_preset():
     assert preset == "demo"
     assert (args.initial_top_k, args.baselines) == ([8, 4, 2, 1, 1, 1], ["lbl_top1", "dense", "dense_equal_seconds"])
     assert (data.dataset_name, data.sequence_length, data.max_eval_blocks) == ("python-stdlib", 256, 128)
-    assert (training.max_steps, training.learning_rate, training.adam_beta2) == (1000, 4e-3, 0.95)
+    assert (training.max_steps, training.learning_rate, training.adam_beta2) == (1000, 2e-3, 0.95)
     assert training.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY
     assert training.per_device_train_batch_size * data.sequence_length <= 1024
 
@@ -50,7 +50,7 @@ def test_the_default_preset():
 def test_preset_then_file_then_command_line(tmp_path, name):
     file = write(tmp_path / name, {"max_steps": 7, "seed": 5, "baselines": ["dense"], "initial_top_k": None})
     _, (args, _, training) = parse("--seed", "6", "--config", file)
-    assert (training.max_steps, training.seed, training.learning_rate) == (7, 6, 4e-3)
+    assert (training.max_steps, training.seed, training.learning_rate) == (7, 6, 2e-3)
     assert (args.baselines, args.initial_top_k) == (["dense"], None)
     _, (args, _, training) = parse("--config", file, "--preset", "paper", "--use_cpu", "true", "--max_steps=3")
     assert (training.max_steps, training.seed, training.learning_rate) == (3, 5, 4e-4)
