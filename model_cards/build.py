@@ -5,7 +5,7 @@
 
 A method has one template, `templates/<method>.md`, that extends `templates/card.md` and holds only what is the
 method's own: summary, what of the paper is not reproduced, limitations, citation. Where `model_cards/<method>/` holds
-the committed results of a longer run, the card shows them beside those of the run.
+the committed results of a comparison, the card shows them beside those of the run.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class CardError(ValueError):
 
 @dataclass(kw_only=True)
 class Evidence:
-    """The committed longer run of a method, its figures as they lie in the run folder of the card."""
+    """The committed comparison of a method, its figures as they lie in the run folder of the card."""
 
     results: Results
     figures: list[FigureFile]
@@ -85,6 +85,7 @@ def build_card(run_folder: str | Path, *, template: str | Path | None = None, re
         auto_class=auto_class,
         pipeline_tag=pipeline_tag,
         model_id=Markup(json.dumps(repo_id or _folder_id(run_folder))),  # a Python string, quotes included
+        has_weights=any(run_folder.glob("*.safetensors")),
         details=_details(config, results),
         evidence=_evidence(results, run_folder),
     )

@@ -236,7 +236,7 @@ def test_committed_evidence_stands_beside_the_run(run):
     companion = build.PACKAGE / "sigma_moe"
     longer = make_run(companion, title="Sigma-MoE evidence", preset="evidence", wall_seconds=36000)
     text = build_card(run)
-    assert "### A longer run" in text and "Sigma-MoE evidence" in text and "600 minutes" in text
+    assert "### The committed comparison" in text and "Sigma-MoE evidence" in text and "600 minutes" in text
     assert text.count(evaluation_table(longer.metrics)) == 2
     assert "](figures/evidence_bits.png)" in text and (run / "figures/evidence_bits.png").is_file()
     assert build_card(run) == text
@@ -244,7 +244,7 @@ def test_committed_evidence_stands_beside_the_run(run):
 
 def test_evidence_is_not_shown_beside_itself(run):
     make_run(build.PACKAGE / "sigma_moe", command=read_results(run).command)
-    assert "### A longer run" not in build_card(run)
+    assert "### The committed comparison" not in build_card(run)
 
 
 # -- untrusted text ---------------------------------------------------------------------------------------------------

@@ -61,6 +61,11 @@ class ExpertBalanceCallback(TrainerCallback):
             raise TypeError(
                 f"{type(routed_model(model)).__name__} does not record its routing; use a SigmaMoeForCausalLM."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"n_gpu={args.n_gpu}: one process drives several devices (DataParallel), whose threads would count "
+                "into one window. Start one process per device: accelerate launch."
+            )
         routed_model(model).routing_window.managed = True
         self._file = Path(self.path) if self.path is not None else Path(args.output_dir) / "logs" / "balance.jsonl"
         if state.is_world_process_zero:

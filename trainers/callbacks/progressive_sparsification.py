@@ -1,5 +1,4 @@
-"""Progressive sparsification (Sigma-MoE-Tiny, section 3): more active experts in the low layers first, the target
-later."""
+"""Progressive sparsification (Sigma-MoE-Tiny, arXiv 2512.16248): more active experts in the low layers first."""
 
 from dataclasses import dataclass
 
@@ -30,18 +29,16 @@ class ProgressiveSparsificationCallback(TrainerCallback):
 
     Args:
         stages: [`SparsificationStage`]s in order of `start`, the first at 0; `(start, top_k)` pairs are taken too. A
-        list has one
-            entry per layer.
+            list has one entry per layer.
         unit: `"steps"`, `"fraction"` of `max_steps`, or `"tokens"` (needs
-        `TrainingArguments(include_num_input_tokens_seen=...)`).
+            `TrainingArguments(include_num_input_tokens_seen=...)`).
 
     Raises:
         ValueError: no stage at 0, starts that do not increase, a fraction outside [0, 1), an unknown unit; at
-        `on_train_begin`,
-            a list that does not fit the model, or tokens that are not counted.
+            `on_train_begin`, a list that does not fit the model, tokens that are not counted, or
+            `load_best_model_at_end`, which would load weights of one stage into a model of another.
 
-    The paper does not print its lists: the model family's defaults are `hf_models.moe.SIGMA_MOE_TINY_INITIAL_TOP_K`,
-    then 1.
+    The paper's lists were not seen; our reconstruction is `hf_models.moe.SIGMA_MOE_TINY_INITIAL_TOP_K`, then 1.
     """
 
     def __init__(self, stages, *, unit: str = "steps"):
@@ -73,6 +70,11 @@ class ProgressiveSparsificationCallback(TrainerCallback):
             raise ValueError(
                 "unit='tokens' needs TrainingArguments(include_num_input_tokens_seen='all'), or the tokens are not "
                 "counted."
+            )
+        if args.load_best_model_at_end and len(self.stages) > 1:
+            raise ValueError(
+                "load_best_model_at_end=True may load weights of an earlier stage into a model of the last one. Turn "
+                "it off, and load the checkpoint that you want by its folder: its config has its experts per token."
             )
         routed, layers = routed_model(model), routed_model(model).config.num_hidden_layers
         for number, stage in enumerate(self.stages):

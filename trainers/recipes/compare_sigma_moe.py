@@ -9,6 +9,8 @@ for ours. Repeating the command goes on: finished runs are kept.
 """
 
 import dataclasses
+import json
+import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -35,13 +37,22 @@ from ..report import (
     summarise,
     verdict,
     write_results,
+    write_text_atomically,
 )
 from .arguments import DataArguments, parse_arguments, training_arguments_of
 from .language_model import Fit, LanguageData, fit, prepare_language_data
 from .pretrain_sigma_moe import OPTIMIZER, SigmaMoeArguments, model_config
 from .sigma_moe_arms import Schedule, build_arm
 from .sigma_moe_probes import SwitchProbe, read_balance, read_switch
-from .sigma_moe_results import BITS, balance_metrics, describe_data, describe_model, switch_metrics
+from .sigma_moe_results import (
+    BITS,
+    balance_before_switch,
+    balance_metrics,
+    describe_data,
+    describe_model,
+    packing_note,
+    switch_metrics,
+)
 
 
 @dataclasses.dataclass
@@ -53,7 +64,7 @@ class CompareArguments:
         metadata={"help": "The first is the method, the others its baselines."},
     )
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
-    learning_rates: list[float] = dataclasses.field(default_factory=lambda: [1e-3, 2e-3, 4e-3])
+    learning_rates: list[float] = dataclasses.field(default_factory=lambda: [1e-3, 2e-3, 4e-3, 8e-3])
     workers: int = dataclasses.field(default=2, metadata={"help": "Runs at a time, one thread each."})
     note: str = dataclasses.field(
         default="", metadata={"help": "What was changed after results were seen, for the record."}
@@ -127,10 +138,15 @@ def compare(
     chosen = {}
     for arm in args.arms:
         own = {job.learning_rate: result.nats_per_token for job, result in trials.items() if job.arm == arm}
+        own = {rate: loss for rate, loss in own.items() if math.isfinite(loss)}
+        if not own:
+            raise ValueError(
+                f"{arm} diverged at every learning rate of {args.learning_rates}. Lower --learning_rates."
+            )
         chosen[arm] = min(own, key=own.get)
     fits = trials | run([Job(arm, seed, chosen[arm], base.max_steps) for arm in args.arms for seed in others])
     if "dense" in args.arms:
-        ratio = relative_step_time(config, schedule, data)
+        ratio = _measured_once(root / "relative_step_time.json", lambda: relative_step_time(config, schedule, data))
         steps, chosen["dense_equal_seconds"] = round(base.max_steps * ratio), chosen["dense"]
         fits |= run([Job("dense_equal_seconds", seed, chosen["dense"], steps) for seed in args.seeds])
     best = {
@@ -138,6 +154,9 @@ def compare(
         for arm, lr in chosen.items()
     }
     folders = {arm: [Job(arm, seed, lr, 0).folder(root) for seed in args.seeds] for arm, lr in chosen.items()}
+    shape = SigmaMoeForCausalLM(config)
+    shape.config.architectures = [type(shape).__name__]
+    shape.config.save_pretrained(root)
     results = Results(
         method="sigma_moe",
         title="Sigma-MoE",
@@ -153,14 +172,18 @@ def compare(
             "tokens": best[args.arms[0]][0].tokens,
             "learning_rate_grid": args.learning_rates,
             "learning_rate_chosen": chosen,
-            "trials_per_arm": len(args.learning_rates),
+            "learning_rate_chosen_on": "held-out loss of the first seed, the same blocks that are reported",
+            "learning_rate_at_the_edge_of_the_grid": [
+                arm for arm, rate in chosen.items() if rate in (min(args.learning_rates), max(args.learning_rates))
+            ],
             "changed_after_results_were_seen": args.note,
             "initial_top_k": schedule.initial_top_k,
             "switch_at": schedule.switch_at,
             "parameters": {arm: runs[0].parameters for arm, runs in best.items()},
+            "active_parameters": active_parameters(config, schedule),
         },
-        data=describe_data(data_args, data),
-        model=describe_model(SigmaMoeForCausalLM(config)),
+        data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
+        model=describe_model(shape),
         figures=_figures(best, folders, root),
     )
     write_results(root, results)
@@ -211,6 +234,27 @@ def relative_step_time(config: SigmaMoeConfig, schedule: Schedule, data: Languag
     return ratio
 
 
+def _measured_once(file: Path, measure) -> float:
+    """A measurement decides how long a run is; a second one, a little different, would start that run anew."""
+    if not file.exists():
+        write_text_atomically(file, json.dumps(measure()))
+    return json.loads(file.read_text())
+
+
+def active_parameters(config: SigmaMoeConfig, schedule: Schedule) -> dict[str, int]:
+    """Parameters of each kind of arm that one token uses, routers included, embeddings and output head left out."""
+    with torch.device("meta"):
+        sigma, qwen3, dense = (build_arm(arm, config, schedule, 0)[0] for arm in ("lbl_top1", "qwen3_moe", "dense"))
+    outer = sigma.get_input_embeddings().weight.numel() + sigma.get_output_embeddings().weight.numel()
+    experts = sum(p.numel() for name, p in qwen3.named_parameters() if ".experts." in name)
+    idle = experts - experts * qwen3.config.num_experts_per_tok // qwen3.config.num_experts
+    counts = {"target": sigma.num_active_parameters()}
+    sigma.set_experts_per_token(schedule.initial_top_k)
+    counts["initial stage of progressive"] = sigma.num_active_parameters()
+    counts |= {"qwen3_moe": qwen3.num_parameters() - idle - outer, "dense": dense.num_parameters() - outer}
+    return counts
+
+
 def _metrics(best: dict[str, list[Fit]], folders: dict[str, list[Path]]) -> dict[str, Metric]:
     ours, *baselines = best
     quality = {
@@ -222,6 +266,7 @@ def _metrics(best: dict[str, list[Fit]], folders: dict[str, list[Path]]) -> dict
         metric.note = f"{f.parameters / 1e6:.1f}M parameters, {f.tokens:,} tokens, learning rate {f.learning_rate:g}"
     quality[ours].baseline = {arm: quality[arm] for arm in baselines}
     metrics = {"held_out_bits_per_character": quality[ours]} | balance_metrics(folders)
+    metrics |= balance_before_switch(folders[ours])
     for metric in metrics.values():
         for baseline in metric.baseline.values():
             if metric.higher_is_better is not None:

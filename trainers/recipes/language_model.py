@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
@@ -105,9 +105,14 @@ def prepare_language_data(args: DataArguments, training_args: TrainingArguments)
     if args.max_eval_blocks is not None and args.max_eval_blocks < len(validation):
         stride = len(validation) / args.max_eval_blocks
         validation = validation.select([int(i * stride) for i in range(args.max_eval_blocks)])
-    # Reading a whole stream to name it would cost an epoch; its revision names it as well.
-    fingerprint = f"stream:{args.dataset_revision}" if args.streaming else corpus_fingerprint(documents)
-    return LanguageData(dict(documents), blocks["train"], validation, tokenizer, fingerprint)
+    return LanguageData(dict(documents), blocks["train"], validation, tokenizer, fingerprint_of(documents, args))
+
+
+def fingerprint_of(documents: DatasetDict | IterableDatasetDict, args: DataArguments, *, column: str = "text") -> str:
+    """The hash of the corpus; of a stream its name and revision, since reading it all would cost an epoch."""
+    if args.streaming:
+        return f"stream:{args.dataset_name}@{args.dataset_revision or 'unpinned'}"
+    return corpus_fingerprint(documents, column=column)
 
 
 def fit(
@@ -147,7 +152,7 @@ def fit(
         write_text_atomically(folder / FIT_NAME, json.dumps({"signature": signature}))
     checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(folder)
     start = time.perf_counter()
-    _train_and_save(trainer, Path(checkpoint) if checkpoint else None)
+    train_and_save(trainer, Path(checkpoint) if checkpoint else None)
     logger.info(f"{name}: {time.perf_counter() - start:.0f} s with evaluation and saving")
 
     held_out = held_out_loss(model, data.validation, data.tokenizer, batch_size=args.per_device_eval_batch_size)
@@ -173,7 +178,7 @@ def fit(
     return result
 
 
-def _train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
+def train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
     """Train from `checkpoint` on. `OSError` with the remedy where the disk is the reason that it ends early."""
     over = False
     if checkpoint is not None and any(checkpoint.glob("*.safetensors")):

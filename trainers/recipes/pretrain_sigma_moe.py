@@ -65,7 +65,7 @@ class SigmaMoeArguments:
 
 
 OPTIMIZER = {
-    # House recipe of the group's runs on the same code base; the report does not print the one of Sigma-MoE-Tiny.
+    # House recipe of the group's runs on the same code base; we have not seen the one of Sigma-MoE-Tiny.
     "adam_beta1": 0.9,
     "adam_beta2": 0.95,
     "adam_epsilon": 5e-10,
@@ -110,6 +110,7 @@ PRESETS = {
         "max_eval_blocks": 512,
         "output_dir": "runs/sigma-moe-tiny",
         "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 16,
         "gradient_checkpointing": True,
         "bf16": True,

@@ -1,4 +1,4 @@
-"""Post-train Sigma-MoE on conversations, with a longer context if wanted (Sigma-MoE-Tiny, section on post-training).
+"""Post-train Sigma-MoE on conversations, with a longer context if wanted (Sigma-MoE-Tiny, arXiv 2512.16248).
 
     accelerate launch -m trainers.recipes.sft_sigma_moe --model_name_or_path runs/demo --output_dir runs/demo-chat
 
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,13 +28,14 @@ from transformers import (
 from hf_models.moe import SigmaMoeConfig
 
 from ..callbacks import ExpertBalanceCallback, ThroughputCallback, install_callbacks
-from ..data import chat_examples, corpus_fingerprint, load_chat_dataset, load_tokenizer
+from ..data import chat_examples, load_chat_dataset, load_tokenizer
 from ..data.tokenizer import END_OF_TURN
-from ..report import Data, Metric, Results, Sample, collect_versions, command_line, device_name, write_results
+from ..report import Metric, Results, Sample, collect_versions, command_line, device_name, write_results
 from .arguments import DataArguments, parse_arguments
+from .language_model import fingerprint_of, require_writable, train_and_save
 from .pretrain_sigma_moe import OPTIMIZER
 from .resume import last_complete_checkpoint
-from .sigma_moe_results import describe_model
+from .sigma_moe_results import describe_data, describe_model
 
 
 @dataclasses.dataclass
@@ -108,12 +110,10 @@ def load_for_context(path: str, sequence_length: int, rope_theta: float | None) 
     return AutoModelForCausalLM.from_pretrained(path, config=config)
 
 
-def post_train(preset: str, args: SftArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
-    """Train, measure before and after, and write model, tokenizer and `results.json`; the run folder is returned."""
-    start, folder = time.perf_counter(), Path(training_args.output_dir)
-    tokenizer = load_tokenizer(data_args.tokenizer_name or args.model_name_or_path)
-    tokenizer.model_max_length = data_args.sequence_length
-    model = load_for_context(args.model_name_or_path, data_args.sequence_length, args.rope_theta)
+def prepare_chat_data(
+    args: SftArguments, data_args: DataArguments, training_args: TrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DatasetDict | IterableDatasetDict, dict[str, Dataset | IterableDataset]]:
+    """Conversations by name, split, and the examples made of each split."""
     with training_args.main_process_first(desc="preparing the data"):
         conversations = load_chat_dataset(
             data_args.dataset_name,
@@ -134,6 +134,17 @@ def post_train(preset: str, args: SftArguments, data_args: DataArguments, traini
             )
             for split in ("train", "validation")
         }
+    return conversations, examples
+
+
+def post_train(preset: str, args: SftArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
+    """Train, measure before and after, and write model, tokenizer and `results.json`; the run folder is returned."""
+    start, folder = time.perf_counter(), Path(training_args.output_dir)
+    require_writable(folder)
+    tokenizer = load_tokenizer(data_args.tokenizer_name or args.model_name_or_path)
+    tokenizer.model_max_length = data_args.sequence_length
+    model = load_for_context(args.model_name_or_path, data_args.sequence_length, args.rope_theta)
+    conversations, examples = prepare_chat_data(args, data_args, training_args, tokenizer)
     # A chat model stops at the end of its turn, not only at the end of the document.
     stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None, tokenizer.unk_token_id}
     model.generation_config.eos_token_id = sorted(stops)
@@ -149,9 +160,8 @@ def post_train(preset: str, args: SftArguments, data_args: DataArguments, traini
     install_callbacks(trainer, ExpertBalanceCallback(), ThroughputCallback())
     before = trainer.evaluate()["eval_loss"]
     checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    train_and_save(trainer, Path(checkpoint) if checkpoint else None)
     after = trainer.evaluate()["eval_loss"]
-    trainer.save_model()
     if trainer.is_world_process_zero():
         results = Results(
             method="sigma_moe",
@@ -167,7 +177,7 @@ def post_train(preset: str, args: SftArguments, data_args: DataArguments, traini
                     value=after,
                     unit="nats/token",
                     higher_is_better=False,
-                    note="tokens of the assistant's turns in held-out conversations",
+                    note="tokens of the assistant's turns in held-out conversations, mean over batches",
                     baseline={"before_post_training": Metric(value=before, unit="nats/token")},
                 )
             },
@@ -177,12 +187,10 @@ def post_train(preset: str, args: SftArguments, data_args: DataArguments, traini
                 "rope_theta": model.config.rope_parameters["rope_theta"],
                 "learning_rate": training_args.learning_rate,
             },
-            data=Data(
-                name=data_args.dataset_name,
-                fingerprint=corpus_fingerprint(conversations, column="messages"),
-                license=data_args.dataset_license,
-                language=data_args.dataset_language.split(","),
-                note="conversations; loss on the assistant's turns only",
+            data=describe_data(
+                data_args,
+                fingerprint_of(conversations, data_args, column="messages"),
+                "conversations; loss on the assistant's turns only",
             ),
             model=dataclasses.replace(describe_model(model), base=_hub_id(args.model_name_or_path)),
             samples=_samples(model, tokenizer, conversations["validation"]),

@@ -1,4 +1,5 @@
-"""The runs that Sigma-MoE is compared with: same data, tokens, order and learning-rate grid, equal active parameters.
+"""The runs that Sigma-MoE is compared with: same data, tokens, order and learning-rate grid, equal
+active parameters at the target sparsity (the initial stage of `progressive` activates more).
 
 An arm is a name, a model and its callbacks. The first is the method; the others are its baselines:
 

@@ -36,7 +36,11 @@ class SwitchProbe(TrainerCallback):
         for number in numbers:
             routed.set_experts_per_token(self.schedule.stages[number].top_k)
             stages.append(routed.config.top_k_per_layer)
-            losses.append(held_out_loss(routed, self.data.validation, self.data.tokenizer).nats_per_token)
+            losses.append(
+                held_out_loss(
+                    routed, self.data.validation, self.data.tokenizer, batch_size=args.per_device_eval_batch_size
+                ).nats_per_token
+            )
         routed.set_experts_per_token(in_force)
         if state.is_world_process_zero:
             file = Path(args.output_dir) / "logs" / "switch.json"

@@ -77,7 +77,7 @@ def describe_run(
             "initial_top_k": args.initial_top_k,
             "switch_at": args.switch_at,
         },
-        data=describe_data(data_args, data),
+        data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
         model=describe_model(model),
         figures=_figures(folder, fits),
         samples=[_sample(c) for c in completions[:4]],
@@ -86,17 +86,24 @@ def describe_run(
     return results
 
 
-def describe_data(data_args, data: LanguageData) -> Data:
+def describe_data(data_args, fingerprint: str, note: str) -> Data:
     """The corpus as the card names it."""
     name = data_args.dataset_name
     return Data(
         name=Path(name).name if Path(name).is_absolute() else name,  # a card names no path of this machine
-        fingerprint=data.fingerprint,
+        fingerprint=fingerprint,
         license=data_args.dataset_license,
         language=data_args.dataset_language.split(","),
         hub_id=name if name.count("/") == 1 and not Path(name).exists() else None,
-        note=f"split by document, {data_args.held_out_fraction:.0%} held out, exact duplicates removed; "
-        f"{len(data.tokenizer)} tokens in the vocabulary, blocks of {data_args.sequence_length}",
+        note=note,
+    )
+
+
+def packing_note(data_args, data: LanguageData) -> str:
+    """How the documents became blocks."""
+    return (
+        f"split by document, {data_args.held_out_fraction:.0%} held out, exact duplicates removed; "
+        f"{len(data.tokenizer)} tokens in the vocabulary, blocks of {data_args.sequence_length}"
     )
 
 
@@ -115,31 +122,43 @@ def describe_model(model) -> Model:
 def balance_metrics(folders: dict[str, Path | list[Path]]) -> dict[str, Metric]:
     """Load of layer 0 over the last tenth of each run; the first name is ours, the others are its baselines.
 
-    Each value of `folders` is one run or the runs of several seeds. Runs without a balance log are left out.
+    Each value of `folders` is one run or the runs of several seeds. Runs without a balance log are left out. Counts
+    are summed over the logged steps first: the extremes of single batches would measure noise.
     """
     readings = {
-        "layer0_max_deviation": ("max_deviation", "busiest expert of layer 0 relative to a uniform share, minus 1"),
-        "layer0_min_deviation": ("min_deviation", "idlest expert of layer 0 relative to a uniform share, minus 1"),
-        "layer0_starved_experts": ("starved_experts", "experts of layer 0 with under a tenth of a uniform share"),
-        "layer0_load_balancing_loss": (
-            "load_balancing_loss",
-            "conventional loss of layer 0; 1 also where it is fooled",
-        ),
+        "layer0_max_deviation": ("busiest expert of layer 0 relative to a uniform share, minus 1", False),
+        "layer0_min_deviation": ("idlest expert of layer 0 relative to a uniform share, minus 1", True),
+        "layer0_dead_experts": ("experts of layer 0 without a token", False),
+        "layer0_load_balancing_loss": ("conventional loss of layer 0; 1 also where it is fooled", None),
     }
-    better = {"layer0_max_deviation": False, "layer0_min_deviation": True, "layer0_starved_experts": False}
+    runs = {name: [_tail_load(f) for f in (v if isinstance(v, list) else [v])] for name, v in folders.items()}
+    runs = {name: loads for name, loads in runs.items() if None not in loads}
     metrics = {}
-    for metric, (field, note) in readings.items():
-        runs = {}
-        for name, folder in folders.items():
-            values = [_tail_mean(f, field) for f in (folder if isinstance(folder, list) else [folder])]
-            if None not in values:
-                runs[name] = summarise(values, higher_is_better=better.get(metric))
-        if runs:
-            ours, *baselines = runs
-            metrics[metric] = runs[ours]
-            metrics[metric].note = f"{note}; mean over the last tenth of the run"
-            metrics[metric].baseline = {name: runs[name] for name in baselines}
+    for metric, (note, higher_is_better) in readings.items() if runs else ():
+        values = {
+            name: summarise([load[metric] for load in loads], higher_is_better=higher_is_better)
+            for name, loads in runs.items()
+        }
+        ours, *baselines = values
+        metrics[metric] = values[ours]
+        metrics[metric].note = f"{note}; logged steps of the last tenth of the run, summed"
+        metrics[metric].baseline = {name: values[name] for name in baselines}
     return metrics
+
+
+def balance_before_switch(folders: list[Path]) -> dict[str, Metric]:
+    """The same for the tenth of the run before the switch, where layer 0 still activates more experts."""
+    loads = []
+    for folder in folders:
+        switch = read_switch(folder)
+        if switch is None:
+            return {}
+        loads.append(_load([r for r in _layer0(folder) if 0.89 * switch["step"] < r["step"] <= switch["step"]]))
+    note = "initial stage, logged steps of the last tenth before the switch, summed"
+    return {
+        "layer0_max_deviation_before_switch": summarise([load["layer0_max_deviation"] for load in loads], note=note),
+        "layer0_min_deviation_before_switch": summarise([load["layer0_min_deviation"] for load in loads], note=note),
+    }
 
 
 def switch_metrics(switches: list[dict], final: list[float]) -> dict[str, Metric]:
@@ -228,12 +247,24 @@ def _figures(folder: Path, fits: dict[str, Fit]) -> list[FigureFile]:
     return figures
 
 
-def _tail_mean(folder: Path, field: str) -> float | None:
-    rows = [row for row in read_balance(folder) if row["layer"] == 0]
-    if not rows:
-        return None
-    tail = rows[-max(1, round(TAIL * len(rows))) :]
-    return statistics.fmean(row[field] for row in tail)
+def _layer0(folder: Path) -> list[dict]:
+    return [row for row in read_balance(folder) if row["layer"] == 0]
+
+
+def _tail_load(folder: Path) -> dict[str, float] | None:
+    rows = _layer0(folder)
+    return _load(rows[-max(1, round(TAIL * len(rows))) :]) if rows else None
+
+
+def _load(rows: list[dict]) -> dict[str, float]:
+    """Readings of the experts' shares averaged over rows; every logged step has the same number of tokens."""
+    shares = [statistics.fmean(column) for column in zip(*(row["f"] for row in rows))]
+    return {
+        "layer0_max_deviation": max(shares) * len(shares) - 1,
+        "layer0_min_deviation": min(shares) * len(shares) - 1,
+        "layer0_dead_experts": sum(share == 0 for share in shares),
+        "layer0_load_balancing_loss": statistics.fmean(row["load_balancing_loss"] for row in rows),
+    }
 
 
 def final_screen(folder: Path, results: Results) -> str:
@@ -262,7 +293,9 @@ def final_screen(folder: Path, results: Results) -> str:
         f"print(t.pipeline('text-generation', '{folder}')('def read(path):')[0]['generated_text'])\""
     )
     # `*` also matches what lies in folders below: without the exclusions checkpoints and baselines would go along.
-    upload = " ".join(f"--include '{pattern}'" for pattern in ("*.safetensors", "*.json", "*.py", "*.md", "figures/*"))
+    upload = " ".join(
+        f"--include '{pattern}'" for pattern in ("*.safetensors", "*.json", "*.py", "*.md", "*.jinja", "figures/*")
+    )
     upload += "".join(f" --exclude '{name}/*'" for name in ("checkpoint-*", "baselines", "logs", "runs"))
     upload += " --exclude fit.json"
     lines += [

@@ -50,7 +50,7 @@ def run(base, conversations, output, *argv):
 
 
 def test_post_training_extends_the_context_and_lowers_the_loss(base, conversations, tmp_path):
-    options = "--max_steps 20 --save_steps 10 --sequence_length 64 --rope_theta 50000 --learning_rate 5e-3".split()
+    options = "--max_steps 18 --save_steps 9 --sequence_length 64 --rope_theta 50000 --learning_rate 5e-3".split()
     folder = run(base, conversations, tmp_path / "chat", *options)
     loss = read_results(folder).metrics["held_out_assistant_loss"]
     assert loss.value < loss.baseline["before_post_training"].value
