@@ -68,6 +68,7 @@ def checkpoint_file(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict:
+    """The JSON object in a file of a checkpoint. `FileNotFoundError` or `ValueError` that names file and remedy."""
     path = checkpoint_file(folder, name)
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {name}, so it is not a checkpoint.")
@@ -81,6 +82,7 @@ def read_json(folder: Path, name: str) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write `content` as transformers writes its configuration files."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -153,6 +155,7 @@ def write_renamed_shards(
 
 
 def copy_side_files(folder: Path, partial: Path) -> None:
+    """Copy what travels with the weights unchanged ([`SIDE_FILES`])."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDE_FILES):
             (partial / path.name).write_bytes(checkpoint_file(folder, path.name).read_bytes())

@@ -106,6 +106,8 @@ class SigmaMoeExperts(Qwen3MoeExperts):
 
 
 class SigmaMoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
+    """Router and experts of one layer: `(batch, tokens, hidden)` -> the same."""
+
     def __init__(self, config: SigmaMoeConfig, layer_idx: int):
         nn.Module.__init__(self)  # the parent would build its own experts first
         self.experts = SigmaMoeExperts(config)
@@ -357,8 +359,8 @@ class SigmaMoeForTokenClassification(GenericForTokenClassification, SigmaMoePreT
         super().__init__(config)
 
 
-# Files with one tensor per expert matrix, the layout of Sigma-V2 and Qwen3-MoE, load too. Registered here, not in the
-# package's registry, because it has to travel with the code of a Hub repository.
+# Files with one tensor per expert matrix, as in Qwen3-MoE, load too (`convert.py` also knows Sigma-V2's other names).
+# Registered here, not in the package's registry, because it has to travel with the code of a Hub repository.
 register_checkpoint_conversion_mapping(
     "sigma_moe",
     [

@@ -71,6 +71,7 @@ def make_run(folder: Path, *, config=CONFIG, **changes) -> Results:
     metric.baseline["dense, equal active parameters"].verdict = verdict(ours, dense, False)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "figures/bits.png").write_bytes(figure_bytes())
+    (folder / "model.safetensors").touch()
     fields = {
         "method": "sigma_moe",
         "title": "Sigma-MoE demo",
@@ -467,3 +468,12 @@ def test_a_bad_template_is_refused(run, tmp_path, content, message):
     with pytest.raises(CardError, match=message):
         template.write_text(content)
         build_card(run, template=template)
+
+
+def test_measurements_without_weights_promise_none(tmp_path):
+    run = tmp_path / "run"
+    make_run(run)
+    assert "from_pretrained" in build_card(run)
+    (run / "model.safetensors").unlink()
+    text = build_card(run)
+    assert "from_pretrained" not in text and "no weights" in text

@@ -1,2 +1,1 @@
-"""Speed, measured as design.md section 10 says: `python -m trainers.benchmarks step`. Committed results lie in
-`results/`."""
+"""Speed, by ratios of arms that take turns in one process: `python -m trainers.benchmarks step`."""

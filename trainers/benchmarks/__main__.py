@@ -9,6 +9,7 @@ BENCHMARKS = {"step": step}
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark that the first argument names."""
     parser = argparse.ArgumentParser(
         prog="python -m trainers.benchmarks", description="Measure the speed of hf-sigma."
     )

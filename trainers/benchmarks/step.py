@@ -74,6 +74,7 @@ class StepReport:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
     parser.add_argument("--blocks", type=int, default=10, help="alternating blocks of each comparison, at least ten")
     parser.add_argument("--steps-per-block", type=int, default=10, help="steps of each arm in a block")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")

@@ -88,6 +88,7 @@ def require_column(dataset: Dataset | IterableDataset, column: str, *, argument:
 
 
 def is_streaming(dataset: Dataset | IterableDataset) -> bool:
+    """Whether rows can only be read in order."""
     return isinstance(dataset, datasets.IterableDataset)
 
 

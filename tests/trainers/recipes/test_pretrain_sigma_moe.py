@@ -103,7 +103,7 @@ def test_results(demo):
     quality = results.metrics["held_out_bits_per_character"]
     assert set(quality.baseline) == {"lbl_top1", "dense", "dense_equal_seconds", "3gram"}
     assert 0 < quality.value < 20
-    for metric in ("layer0_max_deviation", "layer0_min_deviation", "layer0_starved_experts"):
+    for metric in ("layer0_max_deviation", "layer0_min_deviation", "layer0_dead_experts"):
         assert set(results.metrics[metric].baseline) == {"lbl_top1"}
     for when in ("before_switch", "after_switch", "at_end"):
         assert 0 < results.metrics[f"loss_{when}"].value < 10
