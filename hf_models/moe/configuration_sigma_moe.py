@@ -10,8 +10,8 @@ SCORE_FUNCTIONS = ("sigmoid", "softmax")
 AUX_LOSS_TYPES = ("none", "switch", "sequence", "global_batch", "top1")
 
 # "sigma-moe-tiny": the shape as summaries of the report give it, vocabulary and initialisation as in the family;
-# head_dim 96 is inferred, the one value that gives the published parameter counts. "sigma-v2-200b": the configuration file of
-# the 200B sibling. "demo": what two CPU cores train in minutes.
+# head_dim 96 is inferred, the one value that gives the published parameter counts. "sigma-v2-200b": the configuration
+# file of the 200B sibling. "demo": what two CPU cores train in minutes.
 PRESETS = {
     "sigma-moe-tiny": {
         "hidden_size": 1536,
