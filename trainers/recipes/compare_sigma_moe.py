@@ -165,7 +165,7 @@ def compare(
         command=command_line(),
         device=device_name(),
         versions=collect_versions(),
-        wall_seconds=time.perf_counter() - start,
+        wall_seconds=_wall_seconds_so_far(root, time.perf_counter() - start),
         metrics=_metrics(best, folders),
         evidence={
             "steps": base.max_steps,
@@ -239,6 +239,14 @@ def _measured_once(file: Path, measure) -> float:
     if not file.exists():
         write_text_atomically(file, json.dumps(measure()))
     return json.loads(file.read_text())
+
+
+def _wall_seconds_so_far(root: Path, seconds: float) -> float:
+    """Seconds of this and of earlier invocations in the same folder; a killed one counts as nothing."""
+    file = root / "wall_seconds.json"
+    earlier = json.loads(file.read_text()) if file.exists() else 0.0
+    write_text_atomically(file, json.dumps(earlier + seconds))
+    return earlier + seconds
 
 
 def active_parameters(config: SigmaMoeConfig, schedule: Schedule) -> dict[str, int]:
