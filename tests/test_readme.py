@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 from trainers.data import train_tokenizer
+from trainers.report import read_results
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,3 +60,21 @@ def test_the_table_has_fifteen_methods_and_its_links_exist():
     assert len(set(re.findall(r"abs/(\d{4}\.\d{5})", README))) == 15
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_measured_numbers_are_those_of_the_committed_results():
+    metrics = read_results(ROOT / "model_cards" / "sigma_moe").metrics
+    quality = metrics["held_out_bits_per_character"]
+    section = README.split("## What was measured so far")[1].split("\n## ")[0]
+    rows = [line.split("|")[2:4] for line in section.splitlines() if line.startswith("| ")][1:]
+    arms = ("lbl_top1", "top1_lbl", "loss_free", "qwen3_moe", "dense", "dense_equal_seconds")
+    words = {"holds": "progressive is better", "null": "not resolved", "fails": "dense is better"}
+    expected = [[f"{quality.baseline[a].value:.3f}", words[quality.baseline[a].verdict]] for a in arms]
+    assert [[cell.strip() for cell in row] for row in rows] == expected
+    assert f"at {quality.value:.3f}:" in section
+    before, after, end = (metrics[f"loss_{when}"].value for when in ("before_switch", "after_switch", "at_end"))
+    assert f"costs {after - before:.2f} nats" in section and f"wins back {after - end:.2f}" in section
+    deviation = metrics["layer0_max_deviation"]
+    shares = [metrics["layer0_max_deviation_before_switch"], deviation]
+    shares += [deviation.baseline[arm] for arm in ("lbl_top1", "top1_lbl")]
+    assert re.findall(r"\+(\d+) %", section) == [f"{100 * share.value:.0f}" for share in shares]
