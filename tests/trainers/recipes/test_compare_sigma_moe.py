@@ -3,7 +3,7 @@ import json
 import pytest
 from transformers import TrainingArguments
 
-from trainers.data import corpus_fingerprint
+from model_cards.build import build_card
 from trainers.recipes.arguments import DataArguments, parse_arguments
 from trainers.recipes.compare_sigma_moe import PRESETS, CompareArguments, Job, compare
 from trainers.recipes.pretrain_sigma_moe import SigmaMoeArguments
@@ -44,17 +44,21 @@ def test_three_seeds_give_verdicts_and_a_repetition_trains_nothing(tmp_path, cor
     assert results.metrics["loss_before_switch"].n == 3
     chosen = results.evidence["learning_rate_chosen"]
     assert chosen["dense_equal_seconds"] == chosen["dense"] in (1e-3, 4e-3)
-    assert len(results.data.fingerprint) == len(corpus_fingerprint([{"text": "a"}]))
 
     fits = sorted((tmp_path / "run").rglob("fit.json"))
-    # two rates on the first seed and the chosen one on two more, for three arms; dense_equal_seconds on three seeds,
-    # and again where its number of steps, which is measured, differs
+    # two rates on the first seed and the chosen one on two more, for three arms; dense_equal_seconds on three seeds
     assert len(fits) == 3 * (2 + 2) + 3
     content = json.loads((Job("progressive", 0, 1e-3, 10).folder(tmp_path / "run") / "fit.json").read_text())["fit"]
     other = json.loads((Job("progressive", 0, 4e-3, 10).folder(tmp_path / "run") / "fit.json").read_text())["fit"]
     best = min((content, other), key=lambda fit: fit["nats_per_token"])
     assert best["learning_rate"] == chosen["progressive"]
     assert best["bits_per_character"] == pytest.approx(quality.values[0])
+
+    written = {fit: fit.stat().st_mtime_ns for fit in fits}
+    again = run(tmp_path, corpus, *argv)
+    assert {fit: fit.stat().st_mtime_ns for fit in sorted((tmp_path / "run").rglob("fit.json"))} == written
+    assert again.metrics == results.metrics and again.wall_seconds > results.wall_seconds
+    assert "no weights" in build_card(tmp_path / "run")
 
 
 def test_the_grid_is_the_same_for_every_arm():
