@@ -41,7 +41,7 @@ def test_the_default_preset():
     assert preset == "demo"
     assert (args.initial_top_k, args.baselines) == ([8, 4, 2, 1, 1, 1], ["lbl_top1", "dense", "dense_equal_seconds"])
     assert (data.dataset_name, data.sequence_length, data.max_eval_blocks) == ("python-stdlib", 256, 128)
-    assert (training.max_steps, training.learning_rate, training.adam_beta2) == (1000, 2e-3, 0.95)
+    assert (training.max_steps, training.learning_rate, training.adam_beta2) == (650, 2e-3, 0.95)
     assert training.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY
     assert training.per_device_train_batch_size * data.sequence_length <= 1024
 
