@@ -135,15 +135,7 @@ def compare(
 
     first, *others = args.seeds
     trials = run([Job(arm, first, lr, base.max_steps) for arm in args.arms for lr in args.learning_rates])
-    chosen = {}
-    for arm in args.arms:
-        own = {job.learning_rate: result.nats_per_token for job, result in trials.items() if job.arm == arm}
-        own = {rate: loss for rate, loss in own.items() if math.isfinite(loss)}
-        if not own:
-            raise ValueError(
-                f"{arm} diverged at every learning rate of {args.learning_rates}. Lower --learning_rates."
-            )
-        chosen[arm] = min(own, key=own.get)
+    chosen = {arm: best_learning_rate(arm, trials) for arm in args.arms}
     fits = trials | run([Job(arm, seed, chosen[arm], base.max_steps) for arm in args.arms for seed in others])
     if "dense" in args.arms:
         ratio = _measured_once(root / "relative_step_time.json", lambda: relative_step_time(config, schedule, data))
@@ -232,6 +224,15 @@ def relative_step_time(config: SigmaMoeConfig, schedule: Schedule, data: Languag
         ratio += share * timing["process"].ratio.median
     torch.set_num_threads(threads)
     return ratio
+
+
+def best_learning_rate(arm: str, trials: dict[Job, Fit]) -> float:
+    """The rate with the lowest held-out loss of an arm. `ValueError` if it diverged at every rate."""
+    own = {job.learning_rate: result.nats_per_token for job, result in trials.items() if job.arm == arm}
+    finite = {rate: loss for rate, loss in own.items() if math.isfinite(loss)}
+    if not finite:
+        raise ValueError(f"{arm} diverged at every learning rate of {sorted(own)}. Lower --learning_rates.")
+    return min(finite, key=finite.get)
 
 
 def _measured_once(file: Path, measure) -> float:

@@ -269,7 +269,7 @@ def _signature(
     blocks = [next(iter(split))["input_ids"] for split in (data.train, data.validation)]
     blocks.append([len(data.validation)] + ([] if isinstance(data.train, IterableDataset) else [len(data.train)]))
     parts = {
-        "model": model.config.to_dict(),
+        "model": {k: v for k, v in model.config.to_dict().items() if k != "transformers_version"},
         "schedules": schedules,
         "data": [data.fingerprint, blocks],
         "args": options,

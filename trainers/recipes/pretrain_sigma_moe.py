@@ -1,8 +1,8 @@
 """Pre-train Sigma-MoE with progressive sparsification (Sigma-MoE-Tiny, arXiv 2512.16248).
 
     accelerate launch -m trainers.recipes.pretrain_sigma_moe --preset demo --output_dir runs/demo
-    accelerate launch --config_file fsdp.yaml -m trainers.recipes.pretrain_sigma_moe --preset paper --dataset_name
-    ORG/CORPUS
+    accelerate launch --config_file YOURS.yaml -m trainers.recipes.pretrain_sigma_moe --preset paper \\
+        --dataset_name ORG/CORPUS
 
 The same command goes on where a run was interrupted. The folder ends up as a Hub repository: model, tokenizer, code,
 `results.json`, figures; `python -m model_cards.build FOLDER` writes its card.

@@ -137,6 +137,12 @@ def prepare_chat_data(
     return conversations, examples
 
 
+def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A chat model stops at the end of its turn, not only at the end of the document."""
+    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)}
+    return sorted(ids - {None, tokenizer.unk_token_id})
+
+
 def post_train(preset: str, args: SftArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Train, measure before and after, and write model, tokenizer and `results.json`; the run folder is returned."""
     start, folder = time.perf_counter(), Path(training_args.output_dir)
@@ -145,10 +151,7 @@ def post_train(preset: str, args: SftArguments, data_args: DataArguments, traini
     tokenizer.model_max_length = data_args.sequence_length
     model = load_for_context(args.model_name_or_path, data_args.sequence_length, args.rope_theta)
     conversations, examples = prepare_chat_data(args, data_args, training_args, tokenizer)
-    # A chat model stops at the end of its turn, not only at the end of the document.
-    stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TURN)} - {None, tokenizer.unk_token_id}
-    model.generation_config.eos_token_id = sorted(stops)
-
+    model.generation_config.eos_token_id = stop_tokens(tokenizer)
     trainer = Trainer(
         model=model,
         args=training_args,
