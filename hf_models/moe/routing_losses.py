@@ -35,7 +35,7 @@ class RoutingLossMixin:
         config, kind = self.config, self.config.router_aux_loss_type
         device, rows = router_logits[0].device, router_logits[0].shape[0]
         if learning:
-            self._require_gradients(router_logits)
+            self._warn_if_gradients_are_lost(router_logits)
         selected = [r.select(r.scores(z.detach())) for r, z in zip(self.routers, router_logits, strict=True)]
         selected = [s.to(device) for s in selected]  # with device_map, layers live apart
         logits = [z.to(device) for z in router_logits]
@@ -66,13 +66,13 @@ class RoutingLossMixin:
             z_loss = torch.stack([router_z_loss(z, mask, across_ranks=learning) for z in logits]).sum()
         return balance, z_loss
 
-    def _require_gradients(self, router_logits: tuple[torch.Tensor, ...]) -> None:
+    def _warn_if_gradients_are_lost(self, router_logits: tuple[torch.Tensor, ...]) -> None:
         lost = any(r.weight.requires_grad and not z.requires_grad for r, z in zip(self.routers, router_logits))
         if lost and torch.is_grad_enabled():
-            raise ValueError(
-                "The router logits carry no gradient, so the balance losses would be lost: reentrant gradient "
-                "checkpointing runs the layers without a graph. Use gradient_checkpointing_kwargs={'use_reentrant': "
-                "False}."
+            logger.warning_once(
+                "The router logits carry no gradient, so the balance losses do not train the routers: reentrant "
+                "gradient checkpointing runs the layers without a graph. Use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, the default."
             )
 
     def _follow_routing(
