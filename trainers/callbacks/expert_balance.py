@@ -37,7 +37,7 @@ class ExpertBalanceCallback(TrainerCallback):
     use running counts across gradient accumulation, and what the loss-free bias is updated from (after the optimizer
     step).
 
-    The *shortcut alarm* (digest of Sigma-MoE-Tiny, our proposal): a balance loss below `alarm_loss` while MaxVio is
+    The *shortcut alarm* (our proposal, not the paper's): a balance loss below `alarm_loss` while MaxVio is
     above `alarm_violation` means that the loss is minimised by a flat router, not by balanced experts.
     """
 

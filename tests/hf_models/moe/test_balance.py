@@ -102,7 +102,7 @@ def one_hot_on_one_expert():
     ("routing", "conventional", "top1"),
     [(flat_router_on_one_expert, 1, N), (balanced_one_hot, 1, 1), (one_hot_on_one_expert, N, N)],
 )
-def test_closed_forms_of_the_digest(routing, conventional, top1):
+def test_closed_forms(routing, conventional, top1):
     logits, selected = routing()
     for kind in ("switch", "sequence", "global_batch"):
         assert LOSSES[kind](logits, selected).item() == pytest.approx(conventional, abs=1e-9), kind

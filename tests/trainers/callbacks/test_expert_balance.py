@@ -40,7 +40,7 @@ class Routing(TrainerCallback):
         self.steps.append([[] for _ in self.routers])
 
     def summary(self, step, layer):
-        """From the definitions (digest of Sigma-MoE-Tiny, sections 6 and 9)."""
+        """From the definitions."""
         records = self.steps[step - 1][layer]
         counts = torch.zeros(EXPERTS)
         for logits, bias, top_k in records:
