@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tests.transformers_suite import archive
-from tests.transformers_suite.compare_skips import ABSENT_BY_DESIGN, YARDSTICK, compare, read
+from tests.transformers_suite.compare_skips import YARDSTICK, compare, read
 
 
 def test_a_skip_of_ours_alone_is_found():
@@ -19,11 +19,6 @@ def test_a_skip_of_ours_alone_is_found():
 def test_a_test_that_ours_lacks_is_found():
     (finding,) = compare({YARDSTICK: {"test_a": None}, "OursTest": {}})
     assert finding.startswith("OursTest::test_a")
-
-
-def test_a_feature_absent_by_design_is_allowed():
-    (reason,) = ABSENT_BY_DESIGN
-    assert compare({YARDSTICK: {"test_a": None}, "OursTest": {"test_a": reason}}) == []
 
 
 def test_a_report_without_both_sides_is_no_pass():

@@ -134,6 +134,8 @@ class SigmaMoeConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     moe_intermediate_size: int = 768
@@ -166,6 +168,7 @@ class SigmaMoeConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_experts_per_tok_per_layer:
             self.num_experts_per_tok = max(self.num_experts_per_tok_per_layer)
+        self.sliding_window = self.sliding_window if self.use_sliding_window else None
         if auto_map := getattr(type(self), "_family_auto_map", None):
             kwargs["auto_map"] = dict(auto_map)
         super().__post_init__(**kwargs)
@@ -193,7 +196,7 @@ class SigmaMoeConfig(PreTrainedConfig):
         return self.num_experts_per_tok_per_layer or [self.num_experts_per_tok] * self.num_hidden_layers
 
     def validate_attention_heads(self):
-        """Query heads share key-value heads in equal groups, rotary needs an even head_dim."""
+        """Query heads share key-value heads in equal groups, rotary needs an even head_dim, a window has a width."""
         if min(self.num_attention_heads, self.num_key_value_heads) < 1:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} and num_key_value_heads={self.num_key_value_heads} "
@@ -207,6 +210,11 @@ class SigmaMoeConfig(PreTrainedConfig):
         if self.head_dim is not None and (self.head_dim < 1 or self.head_dim % 2):
             what = "odd" if self.head_dim % 2 else "not positive"
             raise ValueError(f"head_dim={self.head_dim} is {what}; rotary embeddings need a positive even one.")
+        if self.use_sliding_window and (self.sliding_window is None or self.sliding_window < 1):
+            raise ValueError(
+                f"use_sliding_window=True with sliding_window={self.sliding_window}. Give the width of the window, "
+                "in tokens."
+            )
 
     def validate_experts_per_token(self):
         """Every layer activates between 1 and `num_experts` experts."""

@@ -75,7 +75,6 @@ _SIGMA_ONLY = {
 _QWEN3_MOE_ONLY = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
-    "use_sliding_window": False,
     "quantization_config": None,
 }
 
@@ -107,7 +106,7 @@ def convert_checkpoint(
       that their routing is alike. Here, training includes it whatever `output_router_logits` says.
     - Sigma-V2 files name no balance loss that can be relied on: the default is kept unless they have our field names.
 
-    `sliding_window` without `use_sliding_window` has no effect in either source.
+    `sliding_window` without `use_sliding_window` has no effect in either source; with it, only in Qwen3-MoE's.
 
     Raises:
         ValueError: something in the source has no counterpart here, or the files contradict config.json or each other.
@@ -362,6 +361,8 @@ def _config_to_qwen3_moe(config: SigmaMoeConfig) -> Qwen3MoeConfig:
 
 
 def _config_to_sigma(config: SigmaMoeConfig, *, has_bias: bool) -> dict:
+    if config.use_sliding_window:
+        raise ValueError("use_sliding_window=True cannot be written as 'sigma', which attends to the whole context.")
     rope = dict(config.rope_parameters)
     if rope.pop("rope_type", "default") != "default" or set(rope) != {"rope_theta"}:
         raise ValueError(
@@ -369,8 +370,8 @@ def _config_to_sigma(config: SigmaMoeConfig, *, has_bias: bool) -> dict:
         )
     fields = {field: value for field, value in config.to_dict().items() if field in _OUR_FIELDS}
     fields["torch_dtype"] = fields.pop("dtype", None)  # the key that the transformers of those files reads
-    for renamed_or_uniform in ("num_experts", "rope_parameters", "num_experts_per_tok_per_layer"):
-        fields.pop(renamed_or_uniform)
+    for renamed_or_idle in ("num_experts", "rope_parameters", "num_experts_per_tok_per_layer", "sliding_window"):
+        fields.pop(renamed_or_idle)
     return {
         **fields,
         "model_type": "sigma",

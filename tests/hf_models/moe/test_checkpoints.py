@@ -208,6 +208,8 @@ CHANGED = {
     "use_cache": False,
     "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "linear", "rope_theta": 77.0, "factor": 3.0},
+    "use_sliding_window": True,
+    "sliding_window": 33,
     "attention_bias": True,
     "attention_dropout": 0.25,
     "moe_intermediate_size": 20,

@@ -363,6 +363,11 @@ def test_scaled_rope_is_not_exported_to_sigma(tmp_path):
         export_checkpoint(ours(rope_parameters=rope), tmp_path / "out", "sigma")
 
 
+def test_a_sliding_window_is_not_exported_to_sigma(tmp_path):
+    with pytest.raises(ValueError, match="use_sliding_window"):
+        export_checkpoint(ours(use_sliding_window=True, sliding_window=4), tmp_path / "out", "sigma")
+
+
 # --- Qwen3-MoE
 
 
@@ -375,6 +380,7 @@ def test_scaled_rope_is_not_exported_to_sigma(tmp_path):
         {"tie_word_embeddings": True},
         {"attention_bias": True},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+        {"use_sliding_window": True, "sliding_window": 4},
     ],
     ids=lambda fields: ",".join(fields) or "default",
 )
@@ -448,7 +454,6 @@ def test_classification_head_converts_with_its_labels(tmp_path):
     [
         {"decoder_sparse_step": 2},
         {"mlp_only_layers": [1]},
-        {"use_sliding_window": True, "sliding_window": 4},
         {"num_experts_per_tok": 1, "norm_topk_prob": True},
     ],
     ids=lambda fields: next(iter(fields)),

@@ -460,11 +460,25 @@ def test_padding_does_not_change_real_tokens(padding, backend):
     torch.testing.assert_close(junk.z_loss, together.z_loss)
 
 
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_a_sliding_window_sees_its_width_and_no_more(backend):
+    model = tiny_model(
+        num_hidden_layers=1, num_experts_per_tok_per_layer=None, use_sliding_window=True, sliding_window=3
+    ).eval()
+    model.set_attn_implementation(backend)
+    ids = batch()["input_ids"]
+    changed = ids.clone()
+    changed[:, 0] = (ids[:, 0] + 1) % model.config.vocab_size
+    difference = (model(ids).logits - model(changed).logits).abs().amax(dim=(0, 2))  # per position
+    assert (difference[:3] > 1e-6).all() and (difference[3:] == 0).all()
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "quantized"])
-def test_greedy_generation_with_a_cache_equals_generation_without(cache):
+def test_greedy_generation_with_a_cache_equals_generation_without(cache, window):
     options = {"cache_implementation": cache}
     if cache == "quantized":
         backend = "quanto" if is_optimum_quanto_available() else "hqq" if is_hqq_available() else None
@@ -472,7 +486,7 @@ def test_greedy_generation_with_a_cache_equals_generation_without(cache):
             pytest.skip("a quantised cache needs `pip install optimum-quanto` (or hqq)")
         # Everything stays in the residual of full precision: what is tested is the plumbing, not 4 bits.
         options["cache_config"] = {"backend": backend, "residual_length": 64}
-    model = tiny_model(eos_token_id=None).eval()
+    model = tiny_model(eos_token_id=None, use_sliding_window=window is not None, sliding_window=window).eval()
     inputs = {k: v for k, v in batch(padding="left").items() if k != "labels"}
     options.update(max_new_tokens=12, do_sample=False)
     with_cache = model.generate(**inputs, disable_compile=True, **options)
@@ -845,6 +859,8 @@ REFUSALS = [
     ({"router_z_loss_coef": -0.1}, "router_z_loss_coef=-0.1"),
     ({"expert_bias_update_rate": -0.1}, "expert_bias_update_rate=-0.1"),
     ({"top1_lbl_temperature": 0.0}, "top1_lbl_temperature=0.0"),
+    ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window=0"),
+    ({"use_sliding_window": True, "sliding_window": None}, "use_sliding_window=True with sliding_window=None"),
     ({"head_dim": 0}, "head_dim=0"),
     ({"head_dim": -2}, "head_dim=-2"),
     ({"expert_bias_cap": -1.0}, "expert_bias_cap=-1.0"),
