@@ -26,7 +26,7 @@ TRAINER_FLOORS = {
     unit: floor
     for floor, row in enumerate(
         (
-            ("data", "report", "figures", "evaluation"),
+            ("data", "redaction", "report", "figures", "evaluation"),
             ("losses", "optimizers", "callbacks", "reliability"),
             ("device_cloud", "federated"),
             ("recipes", "benchmarks", "plan"),
@@ -46,7 +46,7 @@ MAX_BYTES = 1_000_000
 # Spelt in pieces, or this file would be its own violation.
 MACHINE_PATH = re.compile(r"(?<![\w./])/(?:" + "|".join(("root", "work", r"home/\w+", r"Users/\w+")) + ")/")
 # Tests that belong to no package.
-FREE_TEST_FOLDERS = {("tests",), ("tests", "hub"), ("tests", "transformers_suite")}
+FREE_TEST_FOLDERS = {("tests",), ("tests", "ecosystem"), ("tests", "hub"), ("tests", "transformers_suite")}
 
 
 class Import(NamedTuple):

@@ -17,6 +17,7 @@ from model_cards.build import CardError, build_card, main
 from model_cards.markdown import evaluation_table, fence, inline, number, split_fences
 from model_cards.metadata import check_card
 from trainers.figures import comparison_figure
+from trainers.redaction import command_line
 from trainers.report import (
     Data,
     FigureFile,
@@ -25,7 +26,6 @@ from trainers.report import (
     ResultsError,
     Sample,
     collect_versions,
-    command_line,
     read_results,
     summarise,
     verdict,

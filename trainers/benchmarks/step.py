@@ -29,7 +29,8 @@ from transformers import (
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 
 from ..callbacks import ExpertBalanceCallback
-from ..report import collect_versions, command_line, device_name, write_text_atomically
+from ..redaction import command_line
+from ..report import collect_versions, device_name, write_text_atomically
 from .alternating_blocks import Timing, TimingVerdict, judge, time_alternately
 
 

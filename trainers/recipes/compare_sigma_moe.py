@@ -27,12 +27,12 @@ from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 from ..benchmarks.alternating_blocks import time_alternately
 from ..data import load_tokenizer
 from ..figures import balance_figure, comparison_figure
+from ..redaction import command_line
 from ..report import (
     FigureFile,
     Metric,
     Results,
     collect_versions,
-    command_line,
     device_name,
     summarise,
     verdict,

@@ -30,7 +30,8 @@ from hf_models.moe import SigmaMoeConfig
 from ..callbacks import ExpertBalanceCallback, ThroughputCallback, install_callbacks
 from ..data import chat_examples, load_chat_dataset, load_tokenizer
 from ..data.tokenizer import END_OF_TURN
-from ..report import Metric, Results, Sample, collect_versions, command_line, device_name, write_results
+from ..redaction import command_line
+from ..report import Metric, Results, Sample, collect_versions, device_name, write_results
 from .arguments import DataArguments, parse_arguments
 from .language_model import fingerprint_of, require_writable, train_and_save
 from .pretrain_sigma_moe import OPTIMIZER

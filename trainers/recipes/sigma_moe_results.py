@@ -8,6 +8,7 @@ from transformers.utils import logging
 from ..data import python_functions
 from ..evaluation import Completion, NGramModel, complete_functions, parsing_share
 from ..figures import balance_figure, expert_load_figure, loss_figure
+from ..redaction import command_line
 from ..report import (
     Data,
     FigureFile,
@@ -16,7 +17,6 @@ from ..report import (
     Results,
     Sample,
     collect_versions,
-    command_line,
     device_name,
     summarise,
     write_results,
