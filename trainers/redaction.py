@@ -53,6 +53,12 @@ def without_tokens(text: str) -> str:
     return TOKEN_SHAPE.sub(REDACTED, text)
 
 
+def environment_secrets() -> list[str]:
+    """The values of this process' environment variables whose names say that they are secret (`WANDB_API_KEY`)."""
+    # Shorter ones are settings (`KEYBOARD=us`), and would be found in any text.
+    return [value for name, value in os.environ.items() if len(value) >= 16 and _is_secret(name, value)]
+
+
 def _is_secret(name: str, value: str) -> bool:
     counted = _COUNT_NAME.search(name) and _NUMBER.fullmatch(value)
     return bool(_SECRET_NAME.search(name)) and not counted

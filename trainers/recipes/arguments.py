@@ -55,7 +55,8 @@ def parse_arguments(
     list may be empty (`--baselines` alone), which takes back what the preset says.
 
     Raises:
-        SystemExit: an unknown preset, file or option, with the message of argparse naming it.
+        SystemExit: an unknown preset, file or option, or one that would publish secrets, with the message of argparse
+            naming it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -83,6 +84,11 @@ def parse_arguments(
     )
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)} (see --help)")
+    if any(getattr(value, "push_to_hub", False) for value in values):
+        parser.error(
+            "--push_to_hub would upload the whole output folder, with the Hub token inside training_args.bin: train "
+            "without it, then `python -m model_cards.publish OUTPUT_DIR --repo-id ORG/NAME`"
+        )
     return chosen.preset, values
 
 

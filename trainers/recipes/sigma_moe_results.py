@@ -292,12 +292,6 @@ def final_screen(folder: Path, results: Results) -> str:
         'python -c "import hf_models, transformers as t; '
         f"print(t.pipeline('text-generation', '{folder}')('def read(path):')[0]['generated_text'])\""
     )
-    # `*` also matches what lies in folders below: without the exclusions checkpoints and baselines would go along.
-    upload = " ".join(
-        f"--include '{pattern}'" for pattern in ("*.safetensors", "*.json", "*.py", "*.md", "*.jinja", "figures/*")
-    )
-    upload += "".join(f" --exclude '{name}/*'" for name in ("checkpoint-*", "baselines", "logs", "runs"))
-    upload += " --exclude fit.json"
     lines += [
         "",
         f"  model, tokenizer, code   {folder}/",
@@ -307,7 +301,7 @@ def final_screen(folder: Path, results: Results) -> str:
         "Next:",
         f"  python -m model_cards.build {folder}      # its model card",
         f"  {complete}",
-        f"  hf upload YOUR_NAME/sigma-moe-demo {folder} {upload}",
+        f"  python -m model_cards.publish {folder} --repo-id YOUR_NAME/sigma-moe-demo      # after `hf auth login`",
         "",
     ]
     return "\n".join(lines)

@@ -57,6 +57,10 @@ def test_preset_then_file_then_command_line(tmp_path, name):
     assert args.model_preset == "sigma-moe-tiny"
 
 
+def test_trainers_own_push_is_refused_with_the_safe_way(capsys):
+    assert "model_cards.publish" in refused(capsys, "--push_to_hub")
+
+
 def test_lists():
     _, (args, _, _) = parse("--initial_top_k", "3", "2", "1", "--baselines", "dense", "loss_free", "--seed", "1")
     assert args.initial_top_k == [3, 2, 1] and args.baselines == ["dense", "loss_free"]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -163,7 +162,7 @@ def test_the_last_screen(demo):
         assert (home / line.split()[-1]).exists(), line
     for name in ("sigma_moe", "lbl_top1", "dense", "dense_equal_seconds", "3gram"):
         assert f"  {name} " in made
-    card, generate, upload = [shlex.split(line, comments=True) for line in following.strip().splitlines()]
+    card, generate, publish = [shlex.split(line, comments=True) for line in following.strip().splitlines()]
     assert card == ["python", "-m", "model_cards.build", "run"]
     assert generate[:2] == ["python", "-c"]
     with pytest.MonkeyPatch.context() as patch:
@@ -171,17 +170,16 @@ def test_the_last_screen(demo):
         exec(generate[2], {"print": (written := []).append})
     assert written[0].startswith("def read(path):")
 
-    assert upload[:2] == ["hf", "upload"] and upload[3] == "run"
-    flags = list(zip(upload[4::2], upload[5::2]))
-    patterns = {flag: [value for name, value in flags if name == flag] for flag in ("--include", "--exclude")}
-    assert len(flags) == sum(map(len, patterns.values()))  # each pattern has its own flag, as the command wants it
-    files = [path.relative_to(home / "run").as_posix() for path in (home / "run").rglob("*") if path.is_file()]
-    sent = set(filter_repo_objects(files, allow_patterns=patterns["--include"], ignore_patterns=patterns["--exclude"]))
-    assert {"model.safetensors", "config.json", "tokenizer.json", "results.json", "figures/loss.png"} <= sent
-    assert {"modeling_sigma_moe.py", "configuration_sigma_moe.py", "balance.py"} <= sent
-    assert not any(
-        name.startswith(("checkpoint", "baselines", "logs", "runs")) or name.endswith(".bin") for name in sent
+    assert publish[:4] == ["python", "-m", "model_cards.publish", "run"]
+    dry_run = [sys.executable, *publish[1:], "--dry-run"]
+    done = subprocess.run(
+        dry_run, cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stderr
+    goes, stays = done.stdout.split("stay here: ")
+    for name in ("model.safetensors", "tokenizer.json", "results.json", "figures/loss.png", "modeling_sigma_moe.py"):
+        assert f"  {name} " in goes
+    assert "training_args.bin" in stays and "baselines/" in stays
 
 
 def test_repeating_the_command_trains_nothing(demo, monkeypatch, capsys):
