@@ -16,13 +16,20 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .build/oldest
-JUNIT := .build/transformers_suite.xml
 # Two workers with a pool of torch threads each would fight for two cores.
 PYTEST_FLAGS := -n 2 --durations=10
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
 
+# $(1): the bin folder of an environment, $(2): its name in the report, $(3): a selection of tests.
+define common_tests
+mkdir -p .build
+OMP_NUM_THREADS=1 $(1)/pytest $(PYTEST_FLAGS) -rs --junitxml=.build/transformers_suite_$(2).xml $(3) $(ARGS) \
+	tests/transformers_suite/suite_*.py
+$(1)/python tests/transformers_suite/compare_skips.py .build/transformers_suite_$(2).xml
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu test-transformers test-oldest lint format clean
+.PHONY: help venv demo test test-slow test-gpu test-transformers test-oldest compatibility lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,18 +56,18 @@ demo: $(INSTALLED)  ## train, save, reload and describe a small Sigma-MoE; the s
 	$(BIN)/python -m model_cards.build $(RUN)
 
 test: $(INSTALLED)  ## everything quick, on the CPU
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not oldest" $(ARGS)
 
 test-slow: $(INSTALLED)  ## the tests marked slow
-	$(PYTEST) -m "slow and not gpu" $(ARGS) || { test $$? -eq 5 && echo "test-slow: no test is marked slow"; }
+	$(PYTEST) -m "slow and not gpu and not oldest" $(ARGS) || { test $$? -eq 5 && echo "test-slow: no test is marked slow"; }
 
 test-gpu: $(INSTALLED)  ## the tests marked gpu, one process
 	$(BIN)/pytest -m gpu --durations=10 $(ARGS)
 
-test-transformers: $(INSTALLED)  ## transformers' own common tests on our models; skips compared with Qwen3-MoE's
-	mkdir -p .build
-	$(PYTEST) -rs --junitxml=$(JUNIT) $(ARGS) tests/transformers_suite/suite_*.py
-	$(BIN)/python tests/transformers_suite/compare_skips.py $(JUNIT)
+# Of the oldest release the distributed tests only: sharding is what changed most since, and `test-oldest` does the rest.
+test-transformers: $(INSTALLED) $(OLDEST)/.installed  ## transformers' own common tests on our models; skips compared with Qwen3-MoE's
+	$(call common_tests,$(BIN),newest,)
+	$(call common_tests,$(OLDEST)/bin,oldest,-m "is_tensor_parallel_test or is_expert_parallel_test or is_fsdp_test")
 
 # The lower bounds of pyproject.toml in place of the pins of constraints.txt. Only the pins of what we name ourselves stay:
 # those of what they bring belong to the newest set (datasets 5.0 wants an older fsspec).
@@ -80,8 +87,13 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "$$LOWER_BOUNDS" $(OLDEST_TORCH) > .build/oldest.txt
 	$(call install,$(OLDEST),$(OLDEST_TORCH),.build/oldest.txt)
 
-test-oldest: $(OLDEST)/.installed  ## the model tests at the lower bounds of pyproject.toml
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(PYTEST_FLAGS) -m "not slow and not gpu" $(ARGS) tests/hf_models
+# Then both ends of the range against each other: what one saves and publishes, the other loads without this package.
+test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the model and Hub tests at the lower bounds of pyproject.toml
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(PYTEST_FLAGS) -m "not slow and not gpu and not oldest" $(ARGS) tests/hf_models
+	OLDEST_PYTHON=$(abspath $(OLDEST)/bin/python) $(PYTEST) -m oldest $(ARGS) tests/hub
+
+compatibility: $(INSTALLED)  ## the tables of the cards that say what works with the models, measured anew
+	HF_SIGMA_COMPATIBILITY=model_cards $(PYTEST) $(ARGS) tests/ecosystem
 
 lint: $(INSTALLED)  ## ruff, changing nothing
 	$(BIN)/ruff check .

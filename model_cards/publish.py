@@ -135,25 +135,35 @@ def _operations(before: ModelInfo, publication: Publication) -> list[CommitOpera
 @contextmanager
 def _remedies(repo_id: str) -> Iterator[None]:
     """What can go wrong between here and the Hub, in words that say what to do."""
-    again = "Nothing was committed; the same command goes on, and sends no file twice that the Hub has."
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise PublishError("There is no token of the Hub here: run `hf auth login`, or set HF_TOKEN.") from error
-    except OfflineModeIsEnabled as error:
-        raise PublishError("HF_HUB_OFFLINE is set, so nothing can be published: unset it.") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        remedy = {
+    except Exception as error:
+        # The client wraps what happens to a large file while it is uploaded.
+        cause = error.__cause__ if type(error) is RuntimeError else error
+        remedy = _remedy(cause, repo_id)
+        if remedy is None:
+            raise
+        said = " ".join(str(cause).split()) or type(cause).__name__
+        raise PublishError(f"{remedy} ({said})") from error
+
+
+def _remedy(error: BaseException | None, repo_id: str) -> str | None:
+    again = "nothing was committed, and the same command goes on: what the Hub has is not sent twice."
+    if isinstance(error, LocalTokenNotFoundError):
+        return "There is no token of the Hub here: run `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing can be published: unset it."
+    if isinstance(error, HfHubHTTPError):
+        return {
             401: "The Hub does not know this token: run `hf auth login`, or set HF_TOKEN to a token that may write.",
             403: f"This token may not write to {repo_id}: take one of your own, or a token with write access.",
             404: f"{repo_id} is not there, or not for this token.",
             409: f"The name {repo_id} is taken by a repository that this token cannot see: choose another --repo-id.",
             412: f"Someone else published to {repo_id} at the same moment: look at it, then run the command again.",
-        }.get(status, again)
-        raise PublishError(f"{remedy} (The Hub said: {' '.join(str(error).split())})") from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise PublishError(f"The connection to the Hub broke: {error or type(error).__name__}. {again}") from error
+        }.get(error.response.status_code, f"The Hub refused: {again}")
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+        return f"The connection to the Hub broke: {again}"
+    return None
 
 
 def _describe(publication: Publication) -> str:
