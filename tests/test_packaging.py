@@ -6,7 +6,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.bare_environment import bare_python
 
 
 ROOT = Path(__file__).parents[1]
@@ -60,11 +61,7 @@ def wheel(source, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def environment(tmp_path) -> Path:
-    """The Python of an empty venv that sees this one's packages, but not what is installed editable in it."""
-    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
-    site_packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    (site_packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
-    return tmp_path / "venv" / "bin" / "python"
+    return bare_python(tmp_path / "venv", sys.executable)
 
 
 def install(python: Path, *arguments) -> None:

@@ -16,7 +16,7 @@ from hf_models.moe import (
     SigmaMoeForTokenClassification,
     SigmaMoeModel,
 )
-from tests.hub.bare_environment import bare_python
+from tests.bare_environment import bare_python
 from tests.hub.client import PYTHONS, run_client, run_command
 from tests.hub.server import LoopbackHub
 from tests.model_cards.tiny_run import TOKEN, write_tiny_run
