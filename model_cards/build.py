@@ -5,7 +5,8 @@
 
 A method has one template, `templates/<method>.md`, that extends `templates/card.md` and holds only what is the
 method's own: summary, what of the paper is not reproduced, limitations, citation. Where `model_cards/<method>/` holds
-the committed results of a comparison, the card shows them beside those of the run.
+the committed results of a comparison, or the compatibility table that the tests wrote, the card shows them beside what
+the run measured.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
+from model_cards.compatibility import COMMAND, CompatibilityError, compatibility_table, read_compatibility
 from model_cards.markdown import evaluation_table, fence, inline, label, number, visible
 from model_cards.metadata import check_card
 from trainers.report import RESULTS_NAME, FigureFile, Results, ResultsError, read_results, write_text_atomically
@@ -68,6 +70,7 @@ def build_card(run_folder: str | Path, *, template: str | Path | None = None, re
 
     Raises:
         ResultsError: `results.json` is absent, malformed or outside the schema.
+        CompatibilityError: the method's `compatibility.json` is malformed or outside the schema.
         CardError: no or a malformed `config.json`, no template, a bad `repo_id`, or a card that fails its check.
     """
     run_folder = Path(run_folder)
@@ -88,6 +91,7 @@ def build_card(run_folder: str | Path, *, template: str | Path | None = None, re
         has_weights=any(run_folder.glob("*.safetensors")),
         details=_details(config, results),
         evidence=_evidence(results, run_folder),
+        compatibility=read_compatibility(PACKAGE / results.method),
     )
     data = ModelCardData(
         language=results.data.language,
@@ -162,7 +166,9 @@ def _render(path: Path, **variables: Any) -> tuple[str, str, list[str]]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["compatibility_command"] = COMMAND
     environment.filters |= {
+        "compatibility_table": compatibility_table,
         "fence": fence,
         "label": label,
         "number": number,
@@ -292,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         output = arguments.run / arguments.output
         text = build_card(arguments.run, template=arguments.template, repo_id=arguments.repo_id)
         write_text_atomically(output, text)
-    except (CardError, ResultsError, OSError) as error:
+    except (CardError, CompatibilityError, ResultsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, CardError) else 2
     print(output)

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from model_cards.build import CardError
+from model_cards.compatibility import CompatibilityError
 from model_cards.publishable import OURS_IN_REPOSITORY, Publication, PublishError, collect
 from trainers.report import ResultsError
 
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             print(_describe(collect(arguments.run, arguments.repo_id)))
             return 0
         done = publish(arguments.run, arguments.repo_id, private=arguments.private, replace=arguments.replace)
-    except (PublishError, CardError, ResultsError, OSError) as error:
+    except (PublishError, CardError, CompatibilityError, ResultsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ResultsError, OSError)) else 1
     print(f"{done.url} {'published' if done.changed else 'was so already'}, commit {done.commit}")

@@ -4,6 +4,7 @@
 import torch
 import torch.distributed as dist
 from transformers.utils import logging
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from .balance import (
     RoutingSums,
@@ -20,6 +21,13 @@ logger = logging.get_logger(__name__)
 
 class RoutingLossMixin:
     """Balance and z-loss of a causal language model with `routers`, `config` and a `routing_window`."""
+
+    def train(self, mode: bool = True):
+        # Training records the router logits. transformers would install what records them in the first forward, under
+        # a lock, which breaks the graph of a model that is compiled before it has run.
+        if mode:
+            maybe_install_capturing_hooks(self.base_model)
+        return super().train(mode)
 
     def _routing_losses(
         self,

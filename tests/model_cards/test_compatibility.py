@@ -1,0 +1,225 @@
+"""The compatibility table: its file, its place in a card, how test outcomes become rows, and that it is not stale."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from model_cards import build
+from model_cards.build import build_card, main
+from model_cards.compatibility import (
+    COMMAND,
+    Compatibility,
+    CompatibilityError,
+    Row,
+    compatibility_table,
+    read_compatibility,
+    write_compatibility,
+)
+from model_cards.markdown import split_fences
+from tests.ecosystem.outcomes import PROPERTY, CompatibilityReport
+from tests.model_cards.test_build import INERT, make_run, structure
+
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = sorted((ROOT / "model_cards").glob("*/compatibility.json"))
+
+
+def make_table(**changes) -> Compatibility:
+    rows = [
+        Row(feature="Beam search", library="transformers", version="5.23.0", outcome="passed", note=""),
+        Row(feature="SFTTrainer", library="trl", version=None, outcome="not tested", note="needs trl"),
+    ]
+    return Compatibility(
+        **{"versions": {"torch": "2.13.0", "peft": "1"}, "device": "a CPU, 1 threads", "rows": rows} | changes
+    )
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A finished run whose method has no committed files yet."""
+    monkeypatch.setattr(build, "PACKAGE", tmp_path / "package")
+    make_run(tmp_path / "demo")
+    return tmp_path / "demo"
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_survives_its_file(tmp_path):
+    path = write_compatibility(tmp_path / "new", make_table())
+    assert path == tmp_path / "new/compatibility.json"
+    assert read_compatibility(tmp_path / "new") == make_table()
+    assert read_compatibility(tmp_path) is None
+
+
+DEFECTS = {
+    "list": (lambda t: [t], "field `top level` must be a dict, got list"),
+    "unknown": (lambda t: t | {"cpu": 1}, "unknown field `cpu`; known are"),
+    "missing": (lambda t: {k: v for k, v in t.items() if k != "device"}, "missing field `device`"),
+    "versions": (lambda t: t | {"versions": {"torch": 2}}, "field `versions.torch` must be a str, got int"),
+    "no rows": (lambda t: t | {"rows": []}, "field `rows` must be a list, got an empty one"),
+    "row": (lambda t: t | {"rows": ["x"]}, r"field `rows\[0\]` must be a dict, got str"),
+    "row field": (lambda t: t | {"rows": [t["rows"][0] | {"x": 1}]}, r"unknown field `rows\[0\].x`"),
+    "row type": (lambda t: t | {"rows": [t["rows"][0] | {"note": None}]}, r"`rows\[0\].note` must be a str"),
+    "outcome": (lambda t: t | {"rows": [t["rows"][0] | {"outcome": "works"}]}, "'not tested'], got 'works'"),
+    "no version": (lambda t: t | {"rows": [t["rows"][0] | {"version": None}]}, "null, but the feature passed"),
+    "twice": (lambda t: t | {"rows": t["rows"][:1] * 2}, "feature 'Beam search' has more than one row"),
+}
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_names_file_field_and_remedy(tmp_path, name):
+    break_it, message = DEFECTS[name]
+    path = write_compatibility(tmp_path, make_table())
+    path.write_text(json.dumps(break_it(json.loads(path.read_text()))))
+    with pytest.raises(CompatibilityError, match=message) as error:
+        read_compatibility(tmp_path)
+    assert str(path) in str(error.value) and f"`{COMMAND}`" in str(error.value)
+
+
+def test_a_bad_table_is_not_written(tmp_path):
+    before = write_compatibility(tmp_path, make_table()).read_text()
+    with pytest.raises(CompatibilityError):
+        write_compatibility(tmp_path, make_table(rows=[]))
+    assert (tmp_path / "compatibility.json").read_text() == before
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_shows_the_table_of_its_method(run):
+    assert COMMAND not in build_card(run)
+    write_compatibility(build.PACKAGE / "sigma_moe", make_table())
+    text = build_card(run)
+    section = text.split("## Compatibility")[1].split("\n## ")[0]
+    for fact in (
+        "| Beam search | transformers 5.23.0 | passed |  |",
+        "| SFTTrainer | trl (not installed) | not tested | needs trl |",
+        "tiny models with random weights, **not** on these weights, on a CPU, 1 threads, with torch 2.13.0, peft 1:",
+        compatibility_table(make_table()),
+    ):
+        assert fact in section, fact
+    assert ("bash", COMMAND) in split_fences(text)[1]
+    assert structure(text).count("table_open") == structure(text.replace(section, "")).count("table_open") + 2
+    assert build_card(run) == text
+
+
+def test_no_field_of_the_table_can_inject(run):
+    def card(text):
+        rows = [Row(feature=text, library=text, version=text, outcome="passed", note=text)]
+        table = make_table(versions={text: text}, device=text, rows=rows)
+        write_compatibility(build.PACKAGE / "sigma_moe", table)
+        return build_card(run)
+
+    assert structure(card(INERT)) == structure(card("x"))
+
+
+def test_a_bad_table_is_an_error_of_the_command_line(run, capsys):
+    write_compatibility(build.PACKAGE / "sigma_moe", make_table()).write_text("{")
+    assert main([str(run)]) == 2
+    assert "compatibility.json: not valid JSON" in capsys.readouterr().err
+
+
+# --- from outcomes to rows -------------------------------------------------------------------------------------------
+
+
+def report(name, outcome, *, when="call", feature="F", library="transformers", note="", reason="because"):
+    """What pytest, or a worker of xdist, reports of one phase of a test."""
+    return SimpleNamespace(
+        nodeid=f"tests/ecosystem/test_x.py::{name}",
+        when=when,
+        passed=outcome == "passed",
+        failed=outcome == "failed",
+        skipped=outcome == "skipped",
+        longrepr=("file", 1, f"Skipped: {reason}") if outcome == "skipped" else None,
+        user_properties=[(PROPERTY, {"method": "m", "feature": feature, "library": library, "note": note})],
+    )
+
+
+def rows_of(folder, *reports):
+    plugin = CompatibilityReport(folder)
+    for item in reports:
+        plugin.pytest_runtest_logreport(item)
+    plugin.pytest_sessionfinish()
+    return read_compatibility(folder / "m").rows
+
+
+def test_a_feature_passes_only_if_all_its_tests_do(tmp_path):
+    phases = [report("a", "passed", when=when) for when in ("setup", "call", "teardown")]
+    [row] = rows_of(tmp_path, *phases, report("b", "passed", note="but"))
+    assert row == Row(
+        feature="F", library="transformers", version=metadata.version("transformers"), outcome="passed", note="but"
+    )
+    [row] = rows_of(tmp_path, *phases, report("b", "skipped", when="setup"))
+    assert (row.outcome, row.note) == ("not tested", "because")
+    [row] = rows_of(tmp_path, *phases, report("b", "skipped"), report("c", "failed"))
+    assert (row.outcome, row.note) == ("failed", "fails in test_x.py::c")
+    for when in ("setup", "teardown"):
+        [row] = rows_of(tmp_path, *phases, report("a", "failed", when=when))
+        assert row.outcome == "failed"
+
+
+def test_a_test_that_never_ended_has_not_passed(tmp_path):
+    [row] = rows_of(tmp_path, report("a", "passed", when="setup"))
+    assert row.outcome == "not tested"
+
+
+def test_rows_are_in_one_order_whatever_worker_was_first(tmp_path):
+    libraries = {"F0": "torch", "F1": "peft", "F2": "torch"}
+    reports = [report(name, "passed", feature=name, library=library) for name, library in libraries.items()]
+    assert rows_of(tmp_path, *reports) == rows_of(tmp_path, *reversed(reports))
+    assert [row.feature for row in rows_of(tmp_path, *reports)] == ["F1", "F0", "F2"]
+
+
+def test_a_library_that_is_not_installed_has_no_version(tmp_path):
+    [row] = rows_of(tmp_path, report("a", "skipped", library="no-such-library"))
+    assert row.version is None
+
+
+# --- what is committed -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def declared(tmp_path_factory):
+    """Folder with the table of each family as its tests declare it."""
+    folder = tmp_path_factory.mktemp("declared")
+    command = [sys.executable, "-m", "pytest", "tests/ecosystem", "--collect-only", "-p", "no:cacheprovider"]
+    environment = os.environ | {"HF_SIGMA_COMPATIBILITY": str(folder)}
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]  # what this worker of xdist is told is not meant for the other pytest
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.parent.name)
+def test_the_committed_table_has_a_row_for_every_feature_that_the_tests_declare(file, declared):
+    tables = [read_compatibility(folder / file.parent.name) for folder in (ROOT / "model_cards", declared)]
+    tested, installed = ({row.library: row.version for row in table.rows} for table in tables)
+    if tested != installed:
+        pytest.skip("the libraries are not those of the table, and what there is to test depends on them")
+    committed, expected = ([(row.library, row.feature) for row in table.rows] for table in tables)
+    assert committed == expected, f"run `{COMMAND}`"
+
+
+def test_every_family_of_the_tests_has_a_committed_table(declared):
+    assert {file.parent.name for file in COMMITTED} == {folder.name for folder in declared.iterdir()}
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.parent.name)
+def test_the_committed_table_was_made_with_the_pinned_versions_and_nothing_failed(file):
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    table = read_compatibility(file.parent)
+    assert [row.feature for row in table.rows if row.outcome == "failed"] == []
+    used = table.versions | {row.library: row.version for row in table.rows}
+    ours = {name: used.pop(name) for name in ("python", "hf-sigma")}
+    assert all(ours.values())
+    tested = {name.replace("_", "-"): version and version.split("+")[0] for name, version in used.items()}
+    assert tested == {name: pins.get(name) for name in tested}
