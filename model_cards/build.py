@@ -33,6 +33,7 @@ from trainers.report import RESULTS_NAME, FigureFile, Results, ResultsError, rea
 PACKAGE = Path(__file__).parent
 TEMPLATES = PACKAGE / "templates"
 CARD_NAME = "README.md"
+OLDEST_TRANSFORMERS = "5.18"  # as in pyproject.toml, which is not there once the package is installed
 
 # by the last part of the class that config.json names; `Model` last, every other name may end so
 TASKS = {
@@ -108,7 +109,7 @@ def build_card(run_folder: str | Path, *, template: str | Path | None = None, re
     text = str(ModelCard.from_template(data, template_str=frame, body=body)).rstrip() + "\n"
     problems = check_card(text, results, run_folder)
     if problems:
-        raise CardError(_listed(f"The card of {run_folder} has {len(problems)} problem(s)", problems))
+        raise CardError(listed(f"The card of {run_folder} has {len(problems)} problem(s)", problems))
     return text
 
 
@@ -166,7 +167,7 @@ def _render(path: Path, **variables: Any) -> tuple[str, str, list[str]]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["compatibility_command"] = COMMAND
+    environment.globals |= {"compatibility_command": COMMAND, "oldest_transformers": OLDEST_TRANSFORMERS}
     environment.filters |= {
         "compatibility_table": compatibility_table,
         "fence": fence,
@@ -268,7 +269,8 @@ def _one_line(text: str) -> str:
     return " ".join(visible(text).split())
 
 
-def _listed(heading: str, problems: list[str]) -> str:
+def listed(heading: str, problems: list[str]) -> str:
+    """A message of several problems, a line each."""
     return "\n".join([f"{heading}:", *(f"  - {problem}" for problem in problems)])
 
 
@@ -277,7 +279,7 @@ def _check(path: Path) -> int:
     if not card.is_file():
         raise CardError(f"{card} does not exist: build it with `python -m model_cards.build {card.parent}`.")
     problems = check_card(card.read_text(encoding="utf-8"), read_results(card.parent), card.parent)
-    print(_listed(f"{card}: {len(problems)} problem(s)", problems) if problems else f"{card}: nothing found")
+    print(listed(f"{card}: {len(problems)} problem(s)", problems) if problems else f"{card}: nothing found")
     return 1 if problems else 0
 
 

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -28,29 +29,32 @@ from huggingface_hub.utils import validate_repo_id
 
 from model_cards.build import CardError
 from model_cards.compatibility import CompatibilityError
-from model_cards.publishable import OURS_IN_REPOSITORY, Publication, PublishError, collect
+from model_cards.publishable import MANIFEST_NAME, Publication, PublishError, collect, published_before
 from trainers.report import ResultsError
 
 
-# What a repository has before anything was published.
-FRESH = {".gitattributes"}
+# What a repository that was made on the website has before anything was published.
+FRESH = {".gitattributes", "README.md"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """`commit` is the head of the repository afterwards; `changed` is False where it was so before."""
+    """`commit` is the head of the repository afterwards; `changed` is False where it was so before; `deleted` are the
+    files of an earlier publication that this one does not have."""
 
     repo_id: str
     url: str
     commit: str
     changed: bool
+    deleted: list[str]
 
 
 def publish(run: str | Path, repo_id: str, *, private: bool = False, replace: bool = False) -> Published:
     """Publish the run folder `run` as `repo_id` in one commit on `main`; the same again is no commit.
 
     A repository that does not exist is made. One that holds an earlier run of the same architecture gets the new
-    files, and loses weights, code and figures that the new run does not have; other files in it stay.
+    files, the card included, and loses those that an earlier publication put there and the new run does not have;
+    files that the owner added stay.
 
     Args:
         private (`bool`): the repository is to be private. It must be so already if it exists: making a public
@@ -68,22 +72,32 @@ def publish(run: str | Path, repo_id: str, *, private: bool = False, replace: bo
         api.whoami()  # a token that is no good is told now, not as a repository that is not there
         before = _existing(api, repo_id)
         if before is None:
-            api.create_repo(repo_id, private=private)
+            # None, not False: where an organisation has private repositories by default, that holds.
+            api.create_repo(repo_id, private=private or None)
             before = api.model_info(repo_id)
         else:
             _check_existing(api, before, publication, private=private, replace=replace)
+        stale = _stale(api, before, publication)
+        publication.check_unchanged()
         commit = api.create_commit(
             repo_id,
-            operations=_operations(before, publication),
+            operations=_operations(publication, stale),
             commit_message=f"Publish {publication.model_type}",
             # A push of someone else in between would be mixed with this one.
             parent_commit=before.sha,
+        )
+        missing = publication.sizes().keys() - set(api.list_repo_files(repo_id, revision=commit.oid))
+    if missing:
+        raise PublishError(
+            f"{repo_id} has a .gitignore that kept out {sorted(missing)}, so that it cannot be loaded as it is: "
+            "delete that file there, then run the command again."
         )
     return Published(
         repo_id=repo_id,
         url=f"{api.endpoint}/{repo_id}",
         commit=commit.oid,
         changed=commit.oid != before.sha,
+        deleted=stale,
     )
 
 
@@ -115,6 +129,8 @@ def _check_existing(api: HfApi, info: ModelInfo, publication: Publication, *, pr
     try:
         config = json.loads(Path(api.hf_hub_download(info.id, "config.json", revision=info.sha)).read_text())
         held = f"a model of type {config['model_type']!r}"
+    except LocalEntryNotFoundError:
+        raise  # the Hub did not answer, which says nothing about what it holds
     except (EntryNotFoundError, ValueError, KeyError, TypeError):
         held = f"{len(names)} files that are no model"
     if held != f"a model of type {publication.model_type!r}":
@@ -124,12 +140,19 @@ def _check_existing(api: HfApi, info: ModelInfo, publication: Publication, *, pr
         )
 
 
-def _operations(before: ModelInfo, publication: Publication) -> list[CommitOperationAdd | CommitOperationDelete]:
+def _stale(api: HfApi, before: ModelInfo, publication: Publication) -> list[str]:
+    names = {sibling.rfilename for sibling in before.siblings or []}
+    if MANIFEST_NAME not in names:
+        return []
+    manifest = Path(api.hf_hub_download(before.id, MANIFEST_NAME, revision=before.sha)).read_bytes()
+    return sorted((published_before(manifest) & names) - publication.sizes().keys())
+
+
+def _operations(publication: Publication, stale: list[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
     sources = publication.contents | {name: str(path) for name, path in publication.weights.items()}
-    stale = {sibling.rfilename for sibling in before.siblings or []} - sources.keys()
     return [
         *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=sources[name]) for name in sorted(sources)),
-        *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale) if OURS_IN_REPOSITORY.fullmatch(name)),
+        *(CommitOperationDelete(path_in_repo=name) for name in stale),
     ]
 
 
@@ -149,20 +172,21 @@ def _remedies(repo_id: str) -> Iterator[None]:
 
 
 def _remedy(error: BaseException | None, repo_id: str) -> str | None:
-    again = "nothing was committed, and the same command goes on: what the Hub has is not sent twice."
+    again = "run the same command again; what the Hub has by now is not sent twice."
     if isinstance(error, LocalTokenNotFoundError):
         return "There is no token of the Hub here: run `hf auth login`, or set HF_TOKEN."
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be published: unset it."
     if isinstance(error, HfHubHTTPError):
         return {
+            400: "The Hub refuses a file, most likely the metadata of the card.",
             401: "The Hub does not know this token: run `hf auth login`, or set HF_TOKEN to a token that may write.",
             403: f"This token may not write to {repo_id}: take one of your own, or a token with write access.",
             404: f"{repo_id} is not there, or not for this token.",
             409: f"The name {repo_id} is taken by a repository that this token cannot see: choose another --repo-id.",
             412: f"Someone else published to {repo_id} at the same moment: look at it, then run the command again.",
         }.get(error.response.status_code, f"The Hub refused: {again}")
-    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError)):
         return f"The connection to the Hub broke: {again}"
     return None
 
@@ -196,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ResultsError, OSError)) else 1
     print(f"{done.url} {'published' if done.changed else 'was so already'}, commit {done.commit}")
+    if done.deleted:
+        print(f"deleted there, as the run does not have them: {', '.join(done.deleted)}")
     return 0
 
 

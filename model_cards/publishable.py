@@ -4,9 +4,7 @@ A run folder holds more than a repository should: `training_args.bin`, a pickle 
 states, logs, paths of the machine. What is not known to belong to a repository stays, whatever it is.
 """
 
-import ast
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -18,23 +16,24 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_models.moe.checkpoint_files import checkpoint_file, read_headers
-from model_cards.build import CARD_NAME, TASKS, build_card
-from trainers.redaction import TOKEN_SHAPE, environment_secrets
+from model_cards.build import CARD_NAME, TASKS, build_card, listed
+from model_cards.inspection import machine_roots, not_what_its_name_says, safetensors_header, secrets_and_paths
+from trainers.redaction import environment_secrets
 from trainers.report import RESULTS_NAME, read_results
 
 
+# Lists what was published, so that the next publication knows what it may delete: nothing of the owner's own.
+MANIFEST_NAME = "published_files.json"
 JSON_FILES = (
     *("config.json", "generation_config.json", RESULTS_NAME),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("preprocessor_config.json", "processor_config.json"),
 )
 TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
-# Of the files that a repository of ours may hold: what is not in the run any more is deleted there.
-OURS_IN_REPOSITORY = re.compile(r"[\w.\-]+\.(?:safetensors|safetensors\.index\.json|py)|figures/[\w.\-]+\.png")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 TEXT_TASKS = ("text-generation", "text-classification", "token-classification", "fill-mask", "feature-extraction")
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
+_FIGURE = re.compile(r"figures/[\w.\-]+\.png")
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", flags=re.MULTILINE)
 
 
@@ -50,7 +49,14 @@ class Publication:
     model_type: str
     contents: dict[str, bytes]
     weights: dict[str, Path]
+    stamps: dict[str, tuple]
     left_here: list[str]
+
+    def check_unchanged(self) -> None:
+        """Raise `PublishError` if weights changed since they were checked: a run that still trains writes them."""
+        changed = [name for name, path in self.weights.items() if _stamp(path) != self.stamps[name]]
+        if changed:
+            raise PublishError(f"{changed[0]} changed while it was being published: let the run finish first.")
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, by path."""
@@ -77,7 +83,12 @@ def collect(run: str | Path, repo_id: str) -> Publication:
         raise PublishError(f"The weights of {run} cannot be published: {error}") from error
     names = [name for name in (*JSON_FILES, *TEXT_FILES, SAFE_WEIGHTS_INDEX_NAME) if (run / name).exists()]
     contents, problems = {}, []
-    for name in (*names, *(figure.path for figure in results.figures)):
+    for figure in results.figures:
+        if _FIGURE.fullmatch(figure.path):
+            names.append(figure.path)
+        else:
+            problems.append(f"{figure.path} of results.json is no figure: those are PNG files in figures/")
+    for name in names:
         _take(run, name, contents, problems)
     config = _json(contents.get("config.json"))
     for name in _code_files(run, config, problems):
@@ -87,17 +98,19 @@ def collect(run: str | Path, repo_id: str) -> Publication:
         raise PublishError(listed(f"{run} is not fit to be published", problems))
 
     contents |= _card_and_its_figures(contents, weights, repo_id)
+    contents[MANIFEST_NAME] = _manifest([*contents, *weights, MANIFEST_NAME])
     problems = [*_unsafe(run, contents, weights)]
     if problems:
         raise PublishError(listed(f"{run} holds what must not be published", problems))
     going = {name.split("/")[0] for name in (*contents, *weights)}
     left = [path.name + "/" * path.is_dir() for path in sorted(run.iterdir()) if path.name not in going]
-    return Publication(model_type=config["model_type"], contents=contents, weights=weights, left_here=left)
-
-
-def listed(heading: str, problems: list[str]) -> str:
-    """A message of several problems, a line each."""
-    return "\n".join([f"{heading}:", *(f"  - {problem}" for problem in problems)])
+    return Publication(
+        model_type=config["model_type"],
+        contents=contents,
+        weights=weights,
+        stamps={name: _stamp(path) for name, path in weights.items()},
+        left_here=left,
+    )
 
 
 def _take(run: Path, name: str, contents: dict[str, bytes], problems: list[str]) -> None:
@@ -110,30 +123,15 @@ def _take(run: Path, name: str, contents: dict[str, bytes], problems: list[str])
     except OSError as error:
         problems.append(f"{name} cannot be read ({error.strerror}): run the recipe's last step again")
         return
-    if wrong := _not_what_its_name_says(name, content):
+    if wrong := not_what_its_name_says(name, content):
         problems.append(f"{name} {wrong}: save it again")
     contents[name] = content
-
-
-def _not_what_its_name_says(name: str, content: bytes) -> str | None:
-    """A pickle under another name would pass a list of names."""
-    if name.endswith(".png"):
-        return None if content.startswith(PNG_MAGIC) else "is not a PNG picture"
-    try:
-        text = content.decode("utf-8")
-        if name.endswith(".json"):
-            json.loads(text)
-        elif name.endswith(".py"):
-            ast.parse(text)
-    except (ValueError, SyntaxError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        return f"is not valid ({error})"
-    return "holds NUL bytes" if "\0" in text else None
 
 
 def _json(content: bytes | None) -> dict:
     try:
         value = json.loads(content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         value = {}
     return value if isinstance(value, dict) else {}
 
@@ -141,9 +139,12 @@ def _json(content: bytes | None) -> dict:
 def _code_files(run: Path, config: dict, problems: list[str]) -> list[str]:
     """The modules that `auto_map` names and, through relative imports, all that they need."""
     auto_map = config.get("auto_map") or {}
-    if not auto_map and config.get("model_type") not in CONFIG_MAPPING_NAMES:
+    if not isinstance(auto_map, dict) or not isinstance(config.get("model_type"), str):
+        problems.append("config.json has a malformed auto_map or model_type: save the model again")
+        return []
+    if not auto_map and config["model_type"] not in CONFIG_MAPPING_NAMES:
         problems.append(
-            f"config.json has no auto_map, and transformers does not know model_type={config.get('model_type')!r}: "
+            f"config.json has no auto_map, and transformers does not know model_type={config['model_type']!r}: "
             "nobody could load the repository. Save the model with the `save_pretrained` of hf_models"
         )
     queue, found = [], []
@@ -195,30 +196,23 @@ def _card_and_its_figures(contents: dict[str, bytes], weights: dict[str, Path], 
 
 
 def _unsafe(run: Path, contents: dict[str, bytes], weights: dict[str, Path]) -> Iterator[str]:
-    """Secrets and paths of this machine. Of weights the headers are read: their data are numbers."""
-    secrets = [secret.encode() for secret in {get_token(), *environment_secrets()} if secret]
-    roots = {root: _spellings(root) for root in _machine_roots(run)}
-    headers = {name: _safetensors_header(path) for name, path in weights.items()}
+    secrets = {secret for secret in (get_token(), *environment_secrets()) if secret}
+    roots = machine_roots(run.absolute(), run.resolve(), Path.cwd())
+    headers = {name: safetensors_header(path) for name, path in weights.items()}
     for name, content in sorted((contents | headers).items()):
-        if any(secret in content for secret in secrets) or TOKEN_SHAPE.search(content.decode("utf-8", "replace")):
-            yield f"{name} holds an access token: remove it there, and revoke it if the file was ever shared"
-        for root, spellings in roots.items():
-            if any(spelling in content for spelling in spellings):
-                yield f"{name} holds a path of this machine ({root}): replace it by a relative path or a name"
+        yield from (f"{name} {what}" for what in secrets_and_paths(name, content, secrets=secrets, roots=roots))
 
 
-def _machine_roots(run: Path) -> set[str]:
-    """The home, and the first two folders of every other path that could have slipped into a file; the first alone
-    (`/usr`) names no machine."""
-    roots = {str(Path(*path.parts[:3])) for path in (run.absolute(), run.resolve(), Path.cwd()) if len(path.parts) > 2}
-    return roots | {str(Path.home())} - {Path.home().anchor}
+def _stamp(path: Path) -> tuple:
+    status = path.lstat()
+    return status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns
 
 
-def _spellings(root: str) -> set[bytes]:
-    """A path as text and as JSON writes it, each only where it ends or goes on as a path."""
-    return {(text + end).encode() for text in (root, json.dumps(root)[1:-1]) for end in (os.sep, '"', "'", "\n")}
+def _manifest(names: list[str]) -> bytes:
+    return (json.dumps({"files": sorted(names)}, indent=2) + "\n").encode()
 
 
-def _safetensors_header(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little"))
+def published_before(manifest: bytes) -> set[str]:
+    """The files that an earlier publication put into the repository, by its manifest; none if that is malformed."""
+    files = _json(manifest).get("files")
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()

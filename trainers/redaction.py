@@ -15,7 +15,9 @@ _COUNT_NAME = re.compile(r"(?:^|[^a-z])(?:num|max|min|per|n|id|ids|tokens)(?:[^a
 _NUMBER = re.compile(r"[+-]?\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?", re.IGNORECASE)
 _ASSIGNMENT = re.compile(r"([\w.\-]+)[\"']?\s*[=:]\s*")
 _SCALAR = re.compile(r"[\"']?([^\"',}\]\s]*)")
-TOKEN_SHAPE = re.compile(r"(?:hf|hf_oauth|api_org|gh[pousr])_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}")
+TOKEN_SHAPE = re.compile(
+    r"(?:hf|hf_oauth|api_org|gh[pousr])_[A-Za-z0-9]{16,}|\bgithub_pat_\w{20,}|\bsk-[A-Za-z0-9_-]{20,}"
+)
 _URL_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 _PATH_END = r"[^\s\"',;:=\[\](){}]+"
 _POSIX_PATH = re.compile(r"(?:file:/+|(?<![\w.~/\-])(?:(?<!:)/+|/(?!/)))" + _PATH_END)

@@ -106,7 +106,7 @@ def convert_checkpoint(
       that their routing is alike. Here, training includes it whatever `output_router_logits` says.
     - Sigma-V2 files name no balance loss that can be relied on: the default is kept unless they have our field names.
 
-    `sliding_window` without `use_sliding_window` has no effect in either source; with it, only in Qwen3-MoE's.
+    `sliding_window` without `use_sliding_window` has no effect in either source; with it, Sigma-V2 is refused.
 
     Raises:
         ValueError: something in the source has no counterpart here, or the files contradict config.json or each other.
@@ -283,8 +283,8 @@ def _refuse_other_values(values: dict, only: dict, model_type: str) -> None:
     for field, value in only.items():
         if values.get(field) not in (None, value):
             raise ValueError(
-                f"{field}={values[field]!r} of this {model_type!r} checkpoint has no counterpart in sigma_moe, "
-                f"which computes only {field}={value!r}. It cannot be converted without changing the model."
+                f"{field}={values[field]!r} of this {model_type!r} checkpoint has no counterpart in sigma_moe; "
+                f"only {field}={value!r} is converted. It cannot be converted without changing the model."
             )
 
 
@@ -292,7 +292,7 @@ def _config_from_sigma(raw: dict) -> SigmaMoeConfig:
     _refuse_other_values(raw, _SIGMA_ONLY, "sigma")
     if sliding := set(raw.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(
-            f"layer_types of this 'sigma' checkpoint has {sorted(sliding)}; sigma_moe has only full attention."
+            f"layer_types of this 'sigma' checkpoint has {sorted(sliding)}; sigma_moe has one kind of layer."
         )
     rope = raw.get("rope_parameters") or {"rope_type": "default", "rope_theta": raw.get("rope_theta")}
     missing = [field for field in _SIGMA_REQUIRED if raw.get(field) is None]

@@ -98,7 +98,7 @@ def test_likelihoods_are_those_of_a_plain_forward(lm_eval, tasks, family, text_f
 
 
 @pytest.mark.slow
-@pytest.mark.compatibility("lm-eval's command on a saved folder, without hf-sigma imported", library="lm-eval")
+@pytest.mark.compatibility("lm-eval's command on a saved folder, by the code that it brings", library="lm-eval")
 def test_the_command_evaluates_a_folder_by_the_code_that_it_brings(lm_eval, tasks, saved, tokenizer, tmp_path):
     arguments = [
         *("--model", "hf", "--model_args", f"pretrained={saved},trust_remote_code=True,dtype=float32,max_length=64"),

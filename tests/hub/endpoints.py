@@ -293,10 +293,6 @@ def target(call: Call, kind: str, name: str) -> Repository:
     return repo
 
 
-def text_of(commit: repository.Commit, path: str) -> str:
-    return commit.files[path].content.decode() if path in commit.files else ""
-
-
 def preupload(call: Call, kind: str, name: str, revision: str) -> Response:
     """How each file is to be sent, and the id of what stands there now."""
     commit = repository.resolve(target(call, kind, name), revision)

@@ -140,6 +140,12 @@ class LoopbackHub:
             operations = [repository.Add(path, content) for path, content in files.items()]
             return repository.commit(repo, operations, author=repo.owner, summary=summary).oid
 
+    def delete(self, repo_id: str, path: str, *, kind: str = "model") -> str:
+        """Delete a file on main as the owner, without a client; returns the id of the commit."""
+        with self.lock:
+            repo = self.repositories[kind, repo_id]
+            return repository.commit(repo, [repository.Delete(path)], author=repo.owner, summary="Delete").oid
+
     def cut_upload_after(self, num_bytes: int, times: int = 1) -> None:
         """Close the connection of the next uploads that are longer than `num_bytes`, after that many bytes."""
         self._cuts["/uploads/"] = (num_bytes, times)

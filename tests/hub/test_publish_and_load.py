@@ -93,10 +93,11 @@ def test_one_commit_holds_the_run_byte_for_byte(hub, run, published):
     files = hub.files(REPO)
     shards = set(json.loads((run / "model.safetensors.index.json").read_text())["weight_map"].values())
     assert len(shards) > 1 and shards <= files.keys()
-    for name in files.keys() - {"README.md", ".gitattributes"}:
+    for name in files.keys() - {"README.md", "published_files.json", ".gitattributes"}:
         if not name.startswith("figures/evidence_"):
             assert files[name] == (run / name).read_bytes(), name
     assert f'from_pretrained("{REPO}")' in files["README.md"].decode()
+    assert hub.files(REPO).keys() >= set(json.loads(files["published_files.json"])["files"])
     assert f"{hub.endpoint}/{REPO} published, commit {hub.commits(REPO)[0].oid}" in published["first"].stdout
 
 
@@ -138,10 +139,14 @@ def test_a_new_run_replaces_the_old_and_both_can_be_pulled(hub, tmp_path):
     write_tiny_run(tmp_path / "new", seed=2)
     publish(hub, tmp_path / "old", repo=repo, home=home)
     old = hub.commits(repo)[0].oid
-    hub.commit(repo, {"notes-of-the-owner.txt": b"kept"})
-    publish(hub, tmp_path / "new", repo=repo, home=home)
+    of_the_owner = {name: b"kept" for name in ("notes.txt", "handler.py", "figures/mine.png")}
+    hub.commit(repo, of_the_owner | {"adapter_model.safetensors": b"kept"})
+    (tmp_path / "new" / "generation_config.json").unlink()
+    done = publish(hub, tmp_path / "new", repo=repo, home=home)
     files = hub.files(repo)
-    assert "model.safetensors" in files and files["notes-of-the-owner.txt"] == b"kept"
+    assert "model.safetensors" in files and "generation_config.json" not in files
+    assert all(files[name] == b"kept" for name in [*of_the_owner, "adapter_model.safetensors"])
+    assert "deleted there, as the run does not have them: generation_config.json, model-" in done.stdout
     assert not [name for name in files if name.endswith("index.json") or name.startswith("model-")]
     code = """
 import sys, torch, transformers
@@ -444,7 +449,7 @@ sys.exit(main(sys.argv[1:]))
         check=False,
     )
     hub.cut_upload_after(1000, times=0)
-    assert done.returncode == 1 and "The connection to the Hub broke: nothing was committed" in done.stderr
+    assert done.returncode == 1 and "The connection to the Hub broke: run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
     assert hub.files(repo).keys() <= {".gitattributes"}
     publish(hub, run, repo=repo, home=tmp_path)
@@ -462,6 +467,19 @@ def test_a_push_of_someone_else_at_the_same_moment_is_not_mixed_with_ours(hub, r
     assert hub.files(repo)["theirs.txt"] == b"theirs" and "model.safetensors" not in hub.files(repo)
     publish(hub, tmp_path / "new", repo=repo, home=tmp_path / "home")
     assert {"theirs.txt", "model.safetensors"} <= hub.files(repo).keys()
+
+
+@pytest.mark.slow
+def test_a_gitignore_that_keeps_files_out_is_told(hub, run, tmp_path):
+    repo = "alice/ignoring"
+    publish(hub, run, repo=repo, home=tmp_path)
+    hub.commit(repo, {".gitignore": b"*.py\n"})
+    write_tiny_run(tmp_path / "new", seed=5)
+    with open(tmp_path / "new" / "balance.py", "a") as code:
+        code.write("# newer\n")
+    hub.delete(repo, "balance.py")
+    done = publish(hub, tmp_path / "new", repo=repo, home=tmp_path, check=False)
+    assert done.returncode == 1 and "has a .gitignore that kept out ['balance.py']" in done.stderr
 
 
 @pytest.mark.slow

@@ -164,7 +164,6 @@ def ranged(call: Call, content: bytes, headers: dict[str, str]) -> Response:
     return Response(206, content[start:stop], {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{size}"})
 
 
-SIGNED = r"(?P<sign>[^/]+)/(?P<kind>model|dataset)s/(?P<name>[^/]+/[^/]+)/(?P<sha256>\w+)"
 ENDPOINTS: list[tuple[str, re.Pattern, Callable[..., Response]]] = [
     (method, re.compile(path), function)
     for method, path, function in [

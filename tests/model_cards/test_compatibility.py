@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from model_cards import build
-from model_cards.build import build_card, main
+from model_cards.build import OLDEST_TRANSFORMERS, build_card, main
 from model_cards.compatibility import (
     COMMAND,
     Compatibility,
@@ -223,3 +225,16 @@ def test_the_committed_table_was_made_with_the_pinned_versions_and_nothing_faile
     assert all(ours.values())
     tested = {name.replace("_", "-"): version and version.split("+")[0] for name, version in used.items()}
     assert tested == {name: pins.get(name) for name in tested}
+
+
+def test_the_committed_cards_are_those_that_their_files_make(tmp_path):
+    cards = list((ROOT / "model_cards").glob("*/README.md"))
+    assert cards
+    for card in cards:
+        folder = shutil.copytree(card.parent, tmp_path / card.parent.name)
+        assert build_card(folder) == card.read_text(encoding="utf-8"), card.parent.name
+
+
+def test_the_card_names_the_lower_bound_of_transformers():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"transformers>={OLDEST_TRANSFORMERS},<6" in dependencies

@@ -3,12 +3,16 @@
 import json
 import os
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from model_cards.build import CardError
+from model_cards.inspection import machine_roots
 from model_cards.publish import main
 from model_cards.publishable import PublishError, collect
 from tests.model_cards.tiny_run import TOKEN, write_tiny_run
@@ -16,7 +20,7 @@ from trainers.report import read_results, write_results
 
 
 EXPECTED = {
-    *("README.md", "results.json", "config.json", "generation_config.json", "figures/bits.png"),
+    *("results.json", "config.json", "generation_config.json", "figures/bits.png"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("configuration_sigma_moe.py", "modeling_sigma_moe.py", "balance.py", "routing_losses.py"),
 }
@@ -44,8 +48,11 @@ def test_the_list_is_what_a_repository_needs_and_no_more(run):
     shards = set(json.loads((run / "model.safetensors.index.json").read_text())["weight_map"].values())
     assert len(shards) > 1 and publication.weights == {name: run / name for name in shards}
     evidence = {name for name in publication.contents if name.startswith("figures/evidence_")}
-    assert publication.contents.keys() - evidence == EXPECTED | {"model.safetensors.index.json"}
-    for name in EXPECTED - {"README.md"}:
+    made = {"README.md", "published_files.json"}
+    assert publication.contents.keys() - evidence == EXPECTED | {"model.safetensors.index.json"} | made
+    manifest = json.loads(publication.contents["published_files.json"])
+    assert set(manifest["files"]) == publication.contents.keys() | shards
+    for name in EXPECTED:
         assert publication.contents[name] == (run / name).read_bytes()
     assert {".env", "training_args.bin", "checkpoint-1/", "logs/", "fit.json", "notes.py"} <= set(
         publication.left_here
@@ -109,16 +116,60 @@ def test_a_path_of_this_machine_is_refused(run, where):
     if where == "weights":
         where = rewrite_weights(run, source=str(run))
     else:
-        edit_json(run / where, note=str(run / "data"))
+        edit_json(run / where, note=f"trained from {run / 'data'} on")
     with pytest.raises(PublishError, match=f"{where} holds a path of this machine"):
         collect(run, "alice/tiny")
 
 
-def test_a_path_that_says_nothing_of_this_machine_passes(run):
+@pytest.mark.parametrize(
+    "path", ["/mnt/nas/customers/corpus.txt", "/srv/alice/secret", "C:\\Users\\me\\x", "~/data/x", "file:///a/b"]
+)
+@pytest.mark.parametrize("where", ["config.json", "results.json"])
+def test_any_absolute_path_is_refused_where_nobody_is_quoted(run, where, path):
+    if where == "results.json":
+        results = read_results(run)
+        results.evidence["corpus"] = [path]
+        write_results(run, results)
+    else:
+        edit_json(run / where, note={"nested": [path]})
+    with pytest.raises((PublishError, CardError), match=re.escape(path)):
+        collect(run, "alice/tiny")
+
+
+def test_what_a_model_wrote_may_name_folders_that_everybody_has(run):
     results = read_results(run)
-    results.samples[0].completion = "open('/usr/share/dict/words')"
+    results.samples[0].completion = "/usr/share/dict/words"
     write_results(run, results)
-    collect(run, "alice/tiny")
+    assert b"/usr/share/dict/words" in collect(run, "alice/tiny").contents["results.json"]
+
+
+def test_the_folders_of_the_user_are_found_inside_of_text(run, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/alices"))
+    with open(run / "balance.py", "a") as code:
+        code.write("# see /alices/notes\n")
+    with pytest.raises(PublishError, match="balance.py holds a path of this machine"):
+        collect(run, "alice/tiny")
+
+
+def test_one_folder_alone_names_no_machine(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert machine_roots(Path("/usr"), Path("/usr/lib"), Path("/srv/alice/x/y")) == {"/usr/lib", "/srv/alice"}
+
+
+def test_a_token_without_any_shape_is_known_by_its_value(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "correct-horse")
+    edit_json(run / "config.json", note="a correct-horse b")
+    with pytest.raises(PublishError, match="config.json holds an access token"):
+        collect(run, "alice/tiny")
+
+
+def test_a_token_behind_an_escape_of_json_is_read_as_json_reads_it(run):
+    edit_json(run / "config.json", note="PLACE")
+    escaped = "\\u0068" + TOKEN[1:]
+    (run / "config.json").write_text((run / "config.json").read_text().replace("PLACE", escaped))
+    assert json.loads((run / "config.json").read_text())["note"] == TOKEN
+    with pytest.raises(PublishError, match="config.json holds an access token"):
+        collect(run, "alice/tiny")
 
 
 # -- files that are not what they should be ---------------------------------------------------------------------------
@@ -131,6 +182,46 @@ def test_a_pickle_under_another_name_is_refused(run):
         collect(run, "alice/tiny")
     assert "tokenizer.json is not valid" in str(refusal.value)
     assert "figures/bits.png is not a PNG" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["figures/bits.png", "chat_template.jinja", "generation_config.json"])
+def test_a_pickle_behind_or_inside_another_file_is_refused(run, name):
+    before = (run / name).read_bytes() if name.endswith((".png", ".json")) else b""
+    (run / name).write_bytes(before + pickle.dumps({"a": 1}, protocol=0))
+    with pytest.raises(PublishError, match=f"{name} is not (a PNG|valid)|{name} is a pickle"):
+        collect(run, "alice/tiny")
+
+
+def test_text_with_nul_bytes_is_refused(run):
+    (run / "chat_template.jinja").write_bytes(b"a\0b")
+    with pytest.raises(PublishError, match="chat_template.jinja holds NUL bytes"):
+        collect(run, "alice/tiny")
+
+
+@pytest.mark.parametrize("path", ["training_args.bin", "customers.csv", "figures/x.svg", "checkpoint-1/optimizer.pt"])
+def test_a_figure_is_a_png_in_its_folder_and_nothing_else(run, path):
+    results = read_results(run)
+    results.figures[0].path = path
+    write_results(run, results)
+    with pytest.raises(PublishError, match=f"{path} of results.json is no figure"):
+        collect(run, "alice/tiny")
+
+
+@pytest.mark.parametrize("fields", [{"auto_map": ["x"]}, {"model_type": ["x"]}, {"model_type": None}])
+def test_a_malformed_config_is_a_message_and_no_traceback(run, fields):
+    edit_json(run / "config.json", **fields)
+    with pytest.raises(PublishError, match="config.json has a malformed auto_map or model_type"):
+        collect(run, "alice/tiny")
+
+
+def test_weights_that_change_after_they_were_checked_are_not_sent(run):
+    publication = collect(run, "alice/tiny")
+    publication.check_unchanged()
+    shard = sorted(publication.weights)[0]
+    (run / shard).unlink()
+    (run / shard).symlink_to(run / "training_args.bin")
+    with pytest.raises(PublishError, match=f"{shard} changed while it was being published"):
+        publication.check_unchanged()
 
 
 def test_weights_that_are_a_pickle_are_refused(run):
