@@ -28,6 +28,12 @@ OMP_NUM_THREADS=1 $(1)/pytest $(PYTEST_FLAGS) -rs --junitxml=.build/transformers
 $(1)/python tests/transformers_suite/compare_skips.py .build/transformers_suite_$(2).xml
 endef
 
+# Kernels on the CPU. Whether they are interpreted is decided for a whole process, hence a run of its own. $(1): which;
+# a selection by ARGS may leave none (status 5).
+define interpreted
+TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and $(1)" $(ARGS) tests/triton_kernels tests/hf_models/moe || test $$? -eq 5
+endef
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-gpu test-transformers test-oldest compatibility lint format clean
 
@@ -56,10 +62,12 @@ demo: $(INSTALLED)  ## train, save, reload and describe a small Sigma-MoE; the s
 	$(BIN)/python -m model_cards.build $(RUN)
 
 test: $(INSTALLED)  ## everything quick, on the CPU
-	$(PYTEST) -m "not slow and not gpu and not oldest" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not oldest and not interpreter" $(ARGS)
+	$(call interpreted,not slow)
 
 test-slow: $(INSTALLED)  ## the tests marked slow
-	$(PYTEST) -m "slow and not gpu and not oldest" $(ARGS) || { test $$? -eq 5 && echo "test-slow: no test is marked slow"; }
+	$(PYTEST) -m "slow and not gpu and not oldest and not interpreter" $(ARGS)
+	$(call interpreted,slow)
 
 test-gpu: $(INSTALLED)  ## the tests marked gpu, one process
 	$(BIN)/pytest -m gpu --durations=10 $(ARGS)
@@ -89,11 +97,12 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 
 # Then both ends of the range against each other: what one saves and publishes, the other loads without this package.
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the model and Hub tests at the lower bounds of pyproject.toml
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(PYTEST_FLAGS) -m "not slow and not gpu and not oldest" $(ARGS) tests/hf_models
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(PYTEST_FLAGS) -m "not slow and not gpu and not oldest and not interpreter" $(ARGS) tests/hf_models
 	OLDEST_PYTHON=$(abspath $(OLDEST)/bin/python) $(PYTEST) -m oldest $(ARGS) tests/hub
 
 compatibility: $(INSTALLED)  ## the tables of the cards that say what works with the models, measured anew
 	HF_SIGMA_COMPATIBILITY=model_cards $(PYTEST) $(ARGS) tests/ecosystem
+	for table in model_cards/*/compatibility.json; do $(BIN)/python -m model_cards.build $$(dirname $$table); done
 
 lint: $(INSTALLED)  ## ruff, changing nothing
 	$(BIN)/ruff check .

@@ -30,3 +30,17 @@ def seeded():
     # A test that uses torch has imported it by now; the others need not pay for the import.
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("interpreter"):
+            item.fixturenames.insert(0, "interpreter")
+
+
+@pytest.fixture
+def interpreter():
+    """Triton decides when it is imported whether it interprets kernels: a whole run does, or does not."""
+    import triton
+
+    assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before the tests start, as `make test` does"

@@ -3,3 +3,17 @@
 Floor 0 of the tree: needs torch and Triton only and imports nothing of hf-sigma. Models reach it through guarded
 imports and run on transformers' own backends where it, or Triton, is missing.
 """
+
+import torch
+import triton
+
+from .grouped_mlp import moe_mlp
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether the kernels run on tensors of `device`: on a GPU, or anywhere in Triton's interpreter
+    (`TRITON_INTERPRET=1`)."""
+    return device.type == "cuda" or triton.knobs.runtime.interpret
+
+
+__all__ = ["can_run", "moe_mlp"]
