@@ -16,7 +16,7 @@ from trainers.report import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOAD, TRAIN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOAD, TRAIN, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_load_example_generates(tmp_path, monkeypatch, capsys):
@@ -46,9 +46,19 @@ def test_the_trainer_example_trains(tmp_path, monkeypatch):
     assert trainer.model.config.top_k_per_layer == [1] * 6
 
 
+def test_the_experts_example_switches_and_computes():
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = SigmaMoeForCausalLM(SigmaMoeConfig.from_preset("demo", **shape, head_dim=16, vocab_size=50)).eval()
+    ids = torch.arange(5)[None]
+    expected = model(ids).logits
+    exec(compile(KERNELS, "README", "exec"), {"model": model})
+    assert model.config._experts_implementation == "sigma_triton"
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
 def test_every_command_of_the_table_answers():
-    modules = sorted(set(re.findall(r"-m ((?:trainers|hf_models|model_cards)[\w.]+)", README)))
-    assert len(modules) >= 6
+    modules = sorted(set(re.findall(r"-m ((?:trainers|hf_models|model_cards|sigma_kernels)[\w.]+)", README)))
+    assert len(modules) >= 9
     for module in modules:
         done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, f"{module}: {done.stderr[-500:]}"

@@ -1,6 +1,7 @@
 """The mixture-of-experts family: Sigma-MoE."""
 
 from ..registration import register_family
+from . import experts
 from .configuration_sigma_moe import SIGMA_MOE_TINY_INITIAL_TOP_K, SigmaMoeConfig
 from .modeling_sigma_moe import (
     SigmaMoeForCausalLM,
@@ -12,7 +13,8 @@ from .modeling_sigma_moe import (
 
 
 def register() -> None:
-    """Register the family with transformers' Auto classes."""
+    """Register the family with transformers' Auto classes, and the experts backend `sigma_triton`."""
+    experts.register()
     register_family(
         SigmaMoeConfig,
         {
