@@ -1,0 +1,109 @@
+"""The launches of the layer, recorded from the layer's own code: to compile them for a GPU that is not there, or to
+time them one by one. No argument list is written a second time: what is compiled or timed is what runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from triton.runtime.jit import KernelInterface
+
+from . import grouped_mlp
+from . import grouped_mlp_kernels as kernels
+from .autotune import Shape
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: calling it launches again."""
+
+    kernel: KernelInterface
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict = field(hash=False)
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.options)
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel function."""
+        return self.kernel.fn.__name__
+
+    @property
+    def role(self) -> str:
+        """What the kernel does in the layer, one of `autotune.KERNELS`."""
+        if self.name == "rows_kernel":
+            return "down" if self.options["SCALE"] else "dx"
+        if self.name == "weight_grad_kernel":
+            return "dw2" if self.options["GATHER_LEFT"] else "dw1"
+        return {"up_kernel": "up", "dz_kernel": "dz"}.get(self.name, "decode")
+
+
+class _Recorder:
+    """Stands in for a kernel and notes its launches."""
+
+    def __init__(self, kernel: KernelInterface, launches: list[Launch], perform: bool):
+        self.kernel, self.launches, self.perform = kernel, launches, perform
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+            if self.perform:
+                self.launches[-1]()
+
+        return launch
+
+
+@contextmanager
+def recorded(*, perform: bool) -> Iterator[list[Launch]]:
+    """The launches of the layer made inside, in order; without `perform` they are only noted."""
+    launches: list[Launch] = []
+    real = {
+        name: value
+        for name, value in vars(kernels).items()
+        if isinstance(value, KernelInterface) and not name.startswith("_")
+    }
+    try:
+        for name, kernel in real.items():
+            setattr(kernels, name, _Recorder(kernel, launches, perform))
+        yield launches
+    finally:
+        for name, kernel in real.items():
+            setattr(kernels, name, kernel)
+
+
+def layer_launches(
+    shape: Shape,
+    slots: int,
+    *,
+    learning: bool,
+    masters: bool = False,
+    device: str | torch.device = "meta",
+    perform: bool = False,
+) -> list[Launch]:
+    """Launches of one forward of the layer, and with `learning` of its backward, at `shape.rows` rows per expert.
+
+    On the meta device nothing is computed, but shapes, types and alignment are those of real tensors. With `masters`
+    the weights are fp32 and the products in `shape.dtype`, as under autocast. `rows = 0` is one token.
+    """
+    tokens = max(1, shape.rows * shape.experts // slots)
+    dtype = DTYPES[shape.dtype]
+    like = {"device": device, "dtype": torch.float32 if masters else dtype}
+    x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
+    w1 = torch.randn(shape.experts, 2 * shape.inner, shape.hidden, **like).mul_(shape.hidden**-0.5)
+    w2 = torch.randn(shape.experts, shape.hidden, shape.inner, **like).mul_(shape.inner**-0.5)
+    weights = torch.rand(tokens, slots, device=device)
+    # Every expert has the mean load, and each token distinct experts.
+    index = torch.arange(tokens * slots, device=device).remainder_(shape.experts).view(tokens, slots)
+    with recorded(perform=perform) as launches:
+        # Below the operator, which would not run on the meta device.
+        out, z, *rows = grouped_mlp._forward._init_fn(x, w1, w2, index, weights, dtype, False, learning)
+        if learning:
+            grad = torch.randn_like(out)
+            dz = torch.empty_like(z)  # not over z: launches are timed many times
+            grouped_mlp._gradients(grad, x, w1, w2, weights, z, dz, *rows, False, [True] * 4)
+    return launches
