@@ -8,6 +8,7 @@ import torch
 import triton
 
 from .grouped_mlp import moe_mlp
+from .weight_casts import clear_casts
 
 
 def can_run(device: torch.device) -> bool:
@@ -16,4 +17,4 @@ def can_run(device: torch.device) -> bool:
     return device.type == "cuda" or triton.knobs.runtime.interpret
 
 
-__all__ = ["can_run", "moe_mlp"]
+__all__ = ["can_run", "clear_casts", "moe_mlp"]

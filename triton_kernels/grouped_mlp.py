@@ -6,22 +6,21 @@ It keeps `(g, u)` for the backward, 2 I numbers a pair, and no copy of the gathe
 for what each kernel does.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import triton
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import grouped_mlp_kernels as kernels
 from .autotune import Tile, tiles_for
-from .routing import sort_rows, tile_rows
+from .routing import Rows, Tiles, sort_rows, tile_rows
+from .weight_casts import cast_weight
 
 
 # Up to so many pairs a forward without gradient multiplies vectors: sorting and tiles of 16 rows would cost more.
 DECODE_PAIRS = 64
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_casts: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_steps = 0  # optimizer steps of this process
 
 
 def moe_mlp(
@@ -40,10 +39,11 @@ def moe_mlp(
         hidden_states: `(tokens, H)`.
         gate_up_proj: `(E, 2 I, H)`, rows are outputs, gate rows first.
         down_proj: `(E, H, I)`.
-        top_k_index: `(tokens, K)`, integers. Neither K nor the number of tokens is compiled in.
+        top_k_index: `(tokens, K)`, integers from 0 to E - 1; others are not checked, which would wait for the GPU.
+            Neither K nor the number of tokens is compiled in.
         top_k_weights: `(tokens, K)`, used in fp32.
-        compute_dtype: of the products; by default that of `gate_up_proj`. Weights in another dtype are cast once per
-            optimizer step; gradients have the dtype of what they belong to.
+        compute_dtype: of the products; by default that of `gate_up_proj`. Weights in another dtype are cast, in
+            training once for each optimizer step; gradients have the dtype of what they belong to.
         sentinels: indices of E or more may occur and contribute nothing (expert parallelism).
 
     Deterministic: equal inputs give equal bits, gradients included. Sums are fp32.
@@ -71,8 +71,9 @@ def _check(x, w1, w2, index, weights, dtype) -> None:
         )
     if index.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"top_k_index must be int64 or int32, got {index.dtype}.")
-    if dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"The experts compute in {', '.join(map(str, COMPUTE_DTYPES))}, not in {dtype}.")
+    for name, given in (("compute_dtype", dtype), ("gate_up_proj", w1.dtype), ("down_proj", w2.dtype)):
+        if given not in COMPUTE_DTYPES:
+            raise ValueError(f"The experts compute in {', '.join(map(str, COMPUTE_DTYPES))}; {name} is {given}.")
     if any(t.device != x.device for t in (w1, w2, index, weights)):
         raise ValueError(f"All must be on one device, got {[str(t.device) for t in (x, w1, w2, index, weights)]}.")
 
@@ -93,14 +94,18 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, pre-activations in expert order `(P, 2 I)`, and the two tensors of `routing.Rows`; the last three are
     empty without `learning`."""
-    x, w1, w2 = x.contiguous(), cast_weight(w1, dtype), cast_weight(w2, dtype)
-    index, weights = index.contiguous(), weights.contiguous()
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be that of the layer
+        w1, w2 = cast_weight(w1, dtype, learning=learning), cast_weight(w2, dtype, learning=learning)
+        return _compute(x.contiguous(), w1, w2, index.contiguous(), weights.contiguous(), sentinels, learning)
+
+
+def _compute(x, w1, w2, index, weights, sentinels, learning):
     (tokens, hidden), (experts, _, inner), slots = x.shape, w2.shape, index.shape[1]
     pairs = tokens * slots
     empty = x.new_empty(0, dtype=torch.int32)
     if pairs == 0:
-        start = torch.zeros(experts + 1, dtype=torch.int32, device=x.device)
-        return x.new_zeros(tokens, hidden), x.new_empty(0, 2 * inner), start, empty
+        start = x.new_zeros(experts + 1 if learning else 0, dtype=torch.int32)
+        return x.new_zeros(tokens, hidden), x.new_empty((0, 2 * inner) if learning else (0,)), start, empty
     if not learning and pairs <= DECODE_PAIRS:
         return _decode(x, w1, w2, index, weights), x.new_empty(0), empty, empty.clone()
 
@@ -108,23 +113,21 @@ def _forward(
     z = x.new_empty((pairs, 2 * inner) if learning else (0,))
     a = x.new_empty(pairs, inner)
     per_pair = x.new_zeros(pairs, hidden) if sentinels else x.new_empty(pairs, hidden)
-    tiles = tiles_for(experts, hidden, inner, dtype, pairs, x.device)
-    launch_tiles(
-        kernels.up_kernel, tiles["up"], rows, inner, (x, w1, z, a), (slots, hidden, inner, experts), SAVE=learning
-    )
-    shape = (hidden, inner, inner, 1, experts)  # W2 as (inner, hidden), by its strides
-    launch_tiles(kernels.rows_kernel, tiles["down"], rows, hidden, (a, w2, weights, per_pair), shape, SCALE=True)
+    tiles, cut = tiles_for(experts, hidden, inner, x.dtype, pairs, x.device), _cutter(rows)
+    sizes = (slots, hidden, inner, experts)
+    launch_tiles(kernels.up_kernel, tiles["up"], rows, cut, inner, (x, w1, z, a), sizes, SAVE=learning)
+    sizes = (hidden, inner, inner, 1, experts)  # W2 as (inner, hidden), by its strides
+    launch_tiles(kernels.rows_kernel, tiles["down"], rows, cut, hidden, (a, w2, weights, per_pair), sizes, SCALE=True)
     if not learning:
         rows = (empty, empty.clone())
-    # For K = 1 a pair is a token. Otherwise the slots of a token lie side by side, and are added in their order.
-    return (per_pair if slots == 1 else per_pair.view(tokens, slots, hidden).sum(1)), z, *rows
+    return _sum_slots(per_pair, slots), z, *rows
 
 
 @_forward.register_fake
 def _(x, w1, w2, index, weights, dtype, sentinels, learning):
     pairs, (experts, width, _) = index.numel(), w1.shape
     rows = [x.new_empty(n if learning else 0, dtype=torch.int32) for n in (experts + 1, pairs)]
-    return torch.empty_like(x), x.new_empty((pairs, width) if learning else (0,)), *rows
+    return x.new_empty(x.shape), x.new_empty((pairs, width) if learning else (0,)), *rows
 
 
 def _decode(x, w1, w2, index, weights):
@@ -155,34 +158,48 @@ def _gradients(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, W1, W2 and the routing weights; those not `wanted` are empty."""
-    grad, weights, w1_dtype, w2_dtype = grad.contiguous(), weights.contiguous(), w1.dtype, w2.dtype
-    x, w1, w2 = x.contiguous(), cast_weight(w1, x.dtype), cast_weight(w2, x.dtype)
+    with torch.cuda.device_of(x):
+        dtypes = w1.dtype, w2.dtype
+        w1, w2 = cast_weight(w1, x.dtype, learning=True), cast_weight(w2, x.dtype, learning=True)
+        grad, x, weights = grad.to(x.dtype).contiguous(), x.contiguous(), weights.contiguous()
+        return _differentiate(grad, x, w1, w2, weights, z, dz, Rows(expert_start, row_pair), sentinels, wanted, dtypes)
+
+
+def _differentiate(grad, x, w1, w2, weights, z, dz, rows, sentinels, wanted, dtypes):
     (tokens, hidden), (experts, _, inner), slots = x.shape, w2.shape, weights.shape[1]
     pairs = tokens * slots
     nothing = [x.new_empty(0) for _ in range(4)]
     if pairs == 0:
-        zeros = (torch.zeros_like(x), torch.zeros_like(w1, dtype=w1_dtype), torch.zeros_like(w2, dtype=w2_dtype))
-        return *zeros, torch.zeros_like(weights)
-    rows = (expert_start, row_pair)
-    tiles = tiles_for(experts, hidden, inner, x.dtype, pairs, x.device)
+        zeros = (torch.zeros_like(t, dtype=dtype) for t, dtype in zip((x, w1, w2), (x.dtype, *dtypes)))
+        return tuple(t if want else e for t, e, want in zip((*zeros, torch.zeros_like(weights)), nothing, wanted))
+    tiles, cut = tiles_for(experts, hidden, inner, x.dtype, pairs, x.device), _cutter(rows)
     new = x.new_zeros if sentinels else x.new_empty
     scaled_a = x.new_empty(pairs, inner)
     partial = new(triton.cdiv(inner, tiles["dz"].columns), pairs, dtype=torch.float32)
     arguments = (grad, w2, z, dz, weights, scaled_a, partial)
-    launch_tiles(kernels.dz_kernel, tiles["dz"], rows, inner, arguments, (slots, hidden, inner, experts, pairs))
+    launch_tiles(kernels.dz_kernel, tiles["dz"], rows, cut, inner, arguments, (slots, hidden, inner, experts, pairs))
     dx, dw1, dw2, dweights = nothing
     if wanted[3]:
         dweights = partial.sum(0).view(tokens, slots).to(weights.dtype)
     if wanted[2]:
-        dw2 = _weight_grad(tiles["dw2"], grad, scaled_a, w2, w2_dtype, rows, slots, gather="left")
+        dw2 = _weight_grad(tiles["dw2"], grad, scaled_a, w2, dtypes[1], rows, slots, gather="left")
     if wanted[1]:
-        dw1 = _weight_grad(tiles["dw1"], dz, x, w1, w1_dtype, rows, slots, gather="right")
+        dw1 = _weight_grad(tiles["dw1"], dz, x, w1, dtypes[0], rows, slots, gather="right")
     if wanted[0]:
         per_pair = new(pairs, hidden)
-        shape = (hidden, 2 * inner, 1, hidden, experts)
-        launch_tiles(kernels.rows_kernel, tiles["dx"], rows, hidden, (dz, w1, weights, per_pair), shape, SCALE=False)
-        dx = per_pair if slots == 1 else per_pair.view(tokens, slots, hidden).sum(1)
+        sizes = (hidden, 2 * inner, 1, hidden, experts)
+        tensors = (dz, w1, weights, per_pair)
+        launch_tiles(kernels.rows_kernel, tiles["dx"], rows, cut, hidden, tensors, sizes, SCALE=False)
+        dx = _sum_slots(per_pair, slots)
     return dx, dw1, dw2, dweights
+
+
+def _sum_slots(per_pair: torch.Tensor, slots: int) -> torch.Tensor:
+    """Per-token sums. For K = 1 a pair is a token; otherwise the slots of a token lie side by side, in their order."""
+    if slots == 1:
+        return per_pair
+    # The dtype is named because autocast, which is on in here, would make it fp32 on a GPU; the sum itself is in fp32.
+    return per_pair.view(-1, slots, per_pair.shape[1]).sum(1, dtype=per_pair.dtype)
 
 
 _BACKWARD = (
@@ -200,12 +217,11 @@ def _backward(grad, x, w1, w2, weights, z, *rest):
 
 
 def _backward_fake(grad, x, w1, w2, weights, z, expert_start, row_pair, sentinels, wanted):
-    return tuple(torch.empty_like(t) if want else x.new_empty(0) for t, want in zip((x, w1, w2, weights), wanted))
+    return tuple(t.new_empty(t.shape) if want else x.new_empty(0) for t, want in zip((x, w1, w2, weights), wanted))
 
 
-# Eager mode writes dz over z. As z is declared as changed, a second backward through the same graph is an error of
-# autograd's and not a wrong result. A traced graph may not change what its forward
-# returned.
+# Eager mode writes dz over z; a second backward through the same graph is an error, of autograd's own or, under hooks
+# for saved tensors, of `_autograd`. A traced graph may not change what its forward returned.
 torch.library.custom_op(
     "sigma_kernels::moe_mlp_backward_", _backward_in_place, mutates_args=("z",), schema=_BACKWARD.format("(a!)")
 ).register_fake(_backward_fake)
@@ -219,10 +235,15 @@ def _setup_context(ctx, inputs, output):
     _, z, expert_start, row_pair = output
     ctx.save_for_backward(x, w1, w2, weights, z, expert_start, row_pair)
     ctx.mark_non_differentiable(z, expert_start, row_pair)
+    ctx.z_version = z._version
 
 
 def _autograd(ctx, grad, *_):
     x, w1, w2, weights, z, expert_start, row_pair = ctx.saved_tensors
+    if type(z) is torch.Tensor and z._version != ctx.z_version:
+        raise RuntimeError(
+            "The pre-activations of moe_mlp were modified by an inplace operation: by a first backward."
+        )
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[1], needs[2], needs[4]]
     ops = torch.ops.sigma_kernels
@@ -238,16 +259,20 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 # --- launches
 
 
-def launch_tiles(kernel, tile: Tile, rows, columns: int, tensors: tuple, sizes: tuple, **options) -> None:
+def _cutter(rows: Rows) -> Callable[[int], Tiles]:
+    """Tiles by their number of rows, cut once for all kernels that use the same."""
+    return cache(lambda block_rows: tile_rows(rows.expert_start, rows.row_pair.shape[0], block_rows))
+
+
+def launch_tiles(kernel, tile: Tile, rows: Rows, cut, columns: int, tensors: tuple, sizes: tuple, **options) -> None:
     """Start `kernel` on every tile of rows and every block of `columns`."""
-    expert_start, row_pair = rows
-    tiles = tile_rows(expert_start, row_pair.shape[0], tile.rows)
+    tiles = cut(tile.rows)
     num_tiles = tiles.tile_row.shape[0]
     blocks = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth}
     kernel[(num_tiles * triton.cdiv(columns, tile.columns),)](
         *tensors,
-        row_pair,
-        expert_start,
+        rows.row_pair,
+        rows.expert_start,
         *tiles,
         num_tiles,
         *sizes,
@@ -275,31 +300,3 @@ def numerics(operand: torch.Tensor) -> dict:
     """How tiles are multiplied: fp32 by three tf32 products, which keep fp32's precision on tensor cores."""
     interpreted = triton.knobs.runtime.interpret
     return {"PRECISION": "tf32x3" if operand.dtype == torch.float32 else "tf32", "UPCAST": bool(interpreted)}
-
-
-# --- weights in another dtype
-
-
-def cast_weight(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`weight` in `dtype`; a copy that was made since the last change of `weight` and the last optimizer step is used
-    again.
-
-    Both are asked: FSDP2 fills its unsharded parameters behind the version counter, but only a step changes them.
-    """
-    if weight.dtype == dtype:
-        return weight.contiguous()
-    if weight.is_inference():  # has no version
-        return weight.to(dtype)
-    key = (weight._version, _steps, dtype)
-    known = _casts.get(weight)
-    if known is None or known[0] != key:
-        _casts[weight] = known = (key, weight.detach().to(dtype).contiguous())
-    return known[1]
-
-
-def _count_step(*_) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)

@@ -187,7 +187,7 @@ def decode_up_kernel(
     pair = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     expert = tl.load(index + pair).to(tl.int64)
-    if expert >= E:
+    if (expert < 0) | (expert >= E):
         return
     w1 += expert * 2 * I * H + cols[:, None] * H
     gate = tl.zeros((BN,), tl.float32)
@@ -214,7 +214,7 @@ def decode_down_kernel(
     for slot in range(0, K):
         pair = token * K + slot
         expert = tl.load(index + pair).to(tl.int64)
-        if expert < E:
+        if (expert >= 0) & (expert < E):
             w = w2 + expert * H * I + cols[:, None] * I
             product = tl.zeros((BN,), tl.float32)
             for start in range(0, I, BK):

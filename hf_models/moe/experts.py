@@ -64,7 +64,7 @@ def require_swiglu(experts: nn.Module) -> None:
         for name, value in _LAYOUT.items()
         if getattr(experts, name, value) is not value
     ]
-    if type(experts)._apply_gate is not _default_apply_gate:
+    if getattr(experts._apply_gate, "__func__", None) is not _default_apply_gate:
         problems.append("a gate of its own (_apply_gate)")
     activation = getattr(experts, "act_fn", None)
     if not isinstance(activation, (nn.SiLU, SiLUActivation)):

@@ -10,7 +10,7 @@ from transformers.integrations.moe import use_experts_implementation
 from triton.runtime.interpreter import InterpretedFunction
 
 import sigma_kernels
-from sigma_kernels import grouped_mlp, grouped_mlp_kernels, moe_mlp, reference
+from sigma_kernels import grouped_mlp, grouped_mlp_kernels, moe_mlp, reference, weight_casts
 from sigma_kernels.autotune import Tile, forced_tile
 
 
@@ -234,13 +234,25 @@ def test_a_second_backward_is_an_error_and_no_wrong_result():
         loss.backward()
 
 
+def test_nor_under_hooks_for_saved_tensors():
+    inputs, _ = layer(7, 2, 4, 32, 16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        loss = moe_mlp(**inputs).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_the_operator_is_registered_as_torch_wants_it():
     inputs, _ = layer(7, 2, 4, 32, 16)
     arguments = [inputs[n] for n in ("hidden_states", "gate_up_proj", "down_proj", "top_k_index", "top_k_weights")]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for learning in (True, False):
-        operator = torch.ops.sigma_kernels.moe_mlp.default
-        torch.library.opcheck(operator, (*arguments, torch.float32, False, learning), test_utils=checks)
+    strided = [torch.randn(32, 7).T.requires_grad_(), *arguments[1:]]
+    without_tokens = [t[:0] if t.shape[0] == 7 else t for t in arguments]
+    operator = torch.ops.sigma_kernels.moe_mlp.default
+    for tensors in (arguments, strided, without_tokens):
+        for learning in (True, False):
+            torch.library.opcheck(operator, (*tensors, torch.float32, False, learning), test_utils=checks)
 
 
 @pytest.mark.slow
@@ -290,33 +302,59 @@ def test_wrong_arguments_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             moe_mlp(**inputs | {name: wrong})
-    with pytest.raises(ValueError, match="not in torch.float64"):
+    with pytest.raises(ValueError, match="compute_dtype is torch.float64"):
         moe_mlp(**inputs, compute_dtype=torch.float64)
 
 
 # --- weights in another dtype
 
 
+def cast(weight, *, learning=True):
+    return weight_casts.cast_weight(weight, torch.bfloat16, learning=learning)
+
+
 def test_weights_are_cast_once_for_each_optimizer_step():
     weight = nn.Parameter(torch.randn(2, 8, 8))
     optimizer = SGD([weight], lr=0.1)
-    first = grouped_mlp.cast_weight(weight, torch.bfloat16)
-    assert grouped_mlp.cast_weight(weight, torch.bfloat16) is first
+    first = cast(weight)
+    assert cast(weight) is first
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    second = grouped_mlp.cast_weight(weight, torch.bfloat16)
+    second = cast(weight)
     assert second is not first and torch.equal(second, weight.detach().bfloat16())
+
+
+def test_changed_weights_are_cast_anew():
+    weight = nn.Parameter(torch.randn(2, 8, 8))
+    cast(weight)
     with torch.no_grad():
         weight.mul_(2)  # a loaded checkpoint, say
-    assert torch.equal(grouped_mlp.cast_weight(weight, torch.bfloat16), weight.detach().bfloat16())
+    assert torch.equal(cast(weight), weight.detach().bfloat16())
+    weight.data = torch.randn(2, 8, 8)
+    assert torch.equal(cast(weight), weight.detach().bfloat16())
+    weight.data.mul_(3)  # which no counter sees
+    assert torch.equal(cast(weight, learning=False), weight.detach().bfloat16())
+    sigma_kernels.clear_casts()
+    assert torch.equal(cast(weight), weight.detach().bfloat16())
 
 
-def test_a_copy_goes_with_its_weight():
+def test_a_copy_goes_with_its_weight_and_none_is_kept_beside_sharded_parameters(monkeypatch):
     weight = nn.Parameter(torch.randn(2, 8, 8))
-    grouped_mlp.cast_weight(weight, torch.bfloat16)
-    before = len(grouped_mlp._casts)
+    cast(weight)
+    before = len(weight_casts._casts)
     del weight
-    assert len(grouped_mlp._casts) == before - 1
+    assert len(weight_casts._casts) == before - 1
+    sharded = type("Sharded", (), {"__subclasses__": staticmethod(lambda: [nn.Linear])})
+    monkeypatch.setattr(weight_casts, "FSDPModule", sharded)
+    weight = nn.Parameter(torch.randn(2, 8, 8))
+    assert cast(weight) is not cast(weight)
+
+
+def test_weights_of_a_quantised_dtype_are_refused():
+    inputs, _ = layer(4, 2, 4, 32, 16)
+    inputs["gate_up_proj"] = torch.zeros(4, 32, 32, dtype=torch.int8)
+    with pytest.raises(ValueError, match="gate_up_proj is torch.int8"):
+        moe_mlp(**inputs, compute_dtype=torch.bfloat16)
 
 
 def test_fp32_weights_under_bf16_compute_get_fp32_gradients():

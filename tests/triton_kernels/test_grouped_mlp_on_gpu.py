@@ -124,3 +124,34 @@ def test_few_tokens_multiply_vectors_as_exactly(slots):
 def test_the_device_has_tiles_for_every_kernel():
     device = torch.device("cuda", torch.cuda.current_device())
     assert tiles_for(96, 1536, 768, torch.bfloat16, 4096, device)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_autocast_with_fp32_weights_computes_in_bf16(slots):
+    inputs, gradient = on_gpu(*layer(512, slots, 16, 256, 128))
+    expected = in_float64(inputs, gradient)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = run(lambda **tensors: moe_mlp(**tensors, compute_dtype=torch.bfloat16), inputs, gradient)
+    assert all(tensor.dtype == torch.float32 for tensor in got.values())
+    assert max(errors(got, expected).values()) < LIMITS[torch.bfloat16][1]
+
+
+def test_a_cuda_graph_of_cast_weights_follows_the_weights():
+    inputs, _ = on_gpu(*layer(512, 2, 16, 256, 128))
+    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+    moe_mlp(**inputs, compute_dtype=torch.bfloat16)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = moe_mlp(**inputs, compute_dtype=torch.bfloat16)
+    inputs["down_proj"].mul_(2)
+    graph.replay()
+    torch.testing.assert_close(out, moe_mlp(**inputs, compute_dtype=torch.bfloat16), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_layer_runs_on_its_own_device_and_not_on_the_current_one():
+    inputs, gradient = layer(512, 2, 16, 256, 128, dtype=torch.bfloat16)
+    there = {name: t.detach().to("cuda:1").requires_grad_(t.requires_grad) for name, t in inputs.items()}
+    with torch.cuda.device(0):
+        got = run(moe_mlp, there, gradient.to("cuda:1"))
+    assert max(errors(got, in_float64(there, gradient.to("cuda:1"))).values()) < 1e-2

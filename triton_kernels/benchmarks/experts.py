@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .. import grouped_mlp
 from ..compile_report import MODELS, Model
+from ..weight_casts import clear_casts
 from . import offline
 from .floors import Load, Peak, peak_of
 from .layers import BASELINE, OURS, Layer, layers
@@ -245,7 +245,7 @@ def _arm(name: str, layer: Layer, mode: str, inputs: tuple, masters: bool) -> Ar
     def new_step() -> None:
         if masters and mode in ("forward", "both"):
             # One forward per optimizer step, the worst case: our cast of the weights is within the time.
-            grouped_mlp._count_step()
+            clear_casts()
 
     def backward(out):
         return torch.autograd.grad(out, learned, grad)
