@@ -45,7 +45,21 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+# Latent attention, one group of experts, a dense first layer and a shared expert.
+LATENT = COMMON | {
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 MODELS = {
     "sigma_moe": lambda: SigmaMoeForCausalLM(
         SigmaMoeConfig(**COMMON, num_experts=6, num_experts_per_tok_per_layer=[2, 1], initializer_range=0.2)
@@ -56,28 +70,8 @@ MODELS = {
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, num_experts=6)),
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**COMMON, num_experts=6)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**COMMON, num_local_experts=6)),
-    "deepseek_v2": lambda: DeepseekV2ForCausalLM(
-        DeepseekV2Config(
-            **COMMON | {"num_key_value_heads": 4, "head_dim": 4},
-            **LATENT,
-            n_routed_experts=6,
-            n_group=1,
-            topk_group=1,
-            first_k_dense_replace=1,
-            n_shared_experts=1,
-        )  # fmt: skip
-    ),
-    "deepseek_v3": lambda: DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **COMMON | {"num_key_value_heads": 4, "head_dim": 4},
-            **LATENT,
-            n_routed_experts=6,
-            n_group=1,
-            topk_group=1,
-            first_k_dense_replace=1,
-            n_shared_experts=1,
-        )  # fmt: skip
-    ),
+    "deepseek_v2": lambda: DeepseekV2ForCausalLM(DeepseekV2Config(**LATENT)),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**LATENT)),
     "glm4_moe": lambda: Glm4MoeForCausalLM(
         Glm4MoeConfig(**COMMON, n_routed_experts=6, n_group=1, topk_group=1, first_k_dense_replace=1)
     ),
