@@ -8,7 +8,8 @@ import torch
 import triton
 
 from .grouped_mlp import moe_mlp
-from .weight_casts import clear_casts
+from .neuron_topk import bytes_per_token, neuron_topk_mlp
+from .weight_casts import clear_casts, transposed_weight
 
 
 def can_run(device: torch.device) -> bool:
@@ -17,4 +18,4 @@ def can_run(device: torch.device) -> bool:
     return device.type == "cuda" or triton.knobs.runtime.interpret
 
 
-__all__ = ["can_run", "clear_casts", "moe_mlp"]
+__all__ = ["bytes_per_token", "can_run", "clear_casts", "moe_mlp", "neuron_topk_mlp", "transposed_weight"]

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 TUNED = Path(__file__).parent / "tuned"
 KERNELS = ("up", "down", "dz", "dx", "dw1", "dw2", "decode")
+# Of `neuron_topk_mlp`: with the tiles of `default_tile`, which nothing tunes.
+NEURON_KERNELS = ("neuron_gate", "neuron_select", "neuron_up_down", "neuron_sum")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _forced: "Tile | None" = None
@@ -64,7 +66,7 @@ def tiles_for(
 ) -> dict[str, Tile]:
     """The tile of each kernel of the layer, by name."""
     if _forced is not None:
-        return dict.fromkeys(KERNELS, _forced)
+        return dict.fromkeys(KERNELS + NEURON_KERNELS, _forced)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return _tiles_for(Shape(experts, hidden, inner, _DTYPES[dtype], bucket(pairs, experts)), name)
 
@@ -73,7 +75,7 @@ def tiles_for(
 def _tiles_for(shape: Shape, device: str) -> dict[str, Tile]:
     tuned = read_tuned(device)
     tiles = {}
-    for kernel in KERNELS:
+    for kernel in KERNELS + NEURON_KERNELS:
         same = [
             (known.rows, tile)
             for (name, known), tile in tuned.items()
@@ -97,8 +99,14 @@ def default_tile(kernel: str, shape: Shape) -> Tile:
     memory and three products: smaller again.
     """
     wide = shape.dtype == "fp32"
-    if kernel == "decode":
+    if kernel in ("decode", "neuron_gate"):
         return Tile(1, 8 if wide else 16, 256, num_warps=4, num_stages=2)
+    if kernel == "neuron_select":  # one program searches all neurons of a pair, and lists so many at a time
+        return Tile(1, 512, 1, num_warps=8, num_stages=2)
+    if kernel == "neuron_up_down":
+        return Tile(8 if wide else 16, 1, 256, num_warps=4, num_stages=2)
+    if kernel == "neuron_sum":
+        return Tile(16, 64, 1, num_warps=4, num_stages=2)
     if kernel in ("dw1", "dw2"):
         if wide:
             return Tile(64, 64, 16, num_warps=4, num_stages=2)

@@ -29,8 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from .autotune import KERNELS, Shape, Tile, _tiles_for, forced_tile
-from .launches import Launch, layer_launches
+from .autotune import KERNELS, NEURON_KERNELS, Shape, Tile, _tiles_for, forced_tile
+from .launches import Launch, layer_launches, neuron_launches
+from .neuron_topk import SELECT_ON
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,9 @@ INSTRUCTIONS = {
     "atomic": r"\b(?:atom|red)\.",
 }
 # Not specialised, so that no number of tokens compiles anew.
-RUN_TIME_SIZES = ("num_tiles", "K", "E", "P")
+RUN_TIME_SIZES = ("num_tiles", "K", "E", "P", "k", "splits")
 TENSOR_CORES = ("mma", "wgmma", "tcgen05")
+ROLES = KERNELS + NEURON_KERNELS
 
 _one_target = threading.Lock()  # Triton's driver is one for all threads
 
@@ -145,7 +147,7 @@ class Row:
     @property
     def problems(self) -> list[str]:
         """See [`Compiled.problems`]."""
-        return self.compiled.problems(multiplies=self.role != "decode")
+        return self.compiled.problems(multiplies=self.role not in ("decode", *NEURON_KERNELS))
 
 
 # --- from a launch to machine code
@@ -258,13 +260,23 @@ def shipped_launches(
     `device` (tuned, or the defaults), or all with `tile`."""
     kind, _, masters = dtype.partition(" of ")
     shape = Shape(model.experts, model.hidden, model.inner, kind, load)
-    tiles = dict.fromkeys(KERNELS, tile) if tile else _tiles_for(shape, device)
+    tiles = dict.fromkeys(ROLES, tile) if tile else _tiles_for(shape, device)
     for one in dict.fromkeys(tiles.values()):
         with forced_tile(one):
             layer = partial(layer_launches, slots=model.slots, masters=bool(masters))
             launches = layer(shape, learning=True) + layer(shape, learning=False)
             launches += layer(Shape(model.experts, model.hidden, model.inner, kind, 0), learning=False)
+            # Neurons are multiplied in the dtype of the weights.
+            if not masters and one in [tiles[role] for role in NEURON_KERNELS]:
+                launches += _neuron_launches(shape, model.slots)
         yield from ((launch, one) for launch in launches if tiles[launch.role] == one)
+
+
+def _neuron_launches(shape: Shape, slots: int) -> Iterator[Launch]:
+    neurons = partial(neuron_launches, shape, slots, neuron_top_k=shape.inner // 4)
+    for transposed in (True, False):
+        for select_on in SELECT_ON:
+            yield from neurons(select_on=select_on, transposed=transposed)
 
 
 def report(
@@ -273,7 +285,7 @@ def report(
     dtypes: Iterable[str] = DTYPES,
     loads: Iterable[int] = LOADS,
     *,
-    roles: Iterable[str] = KERNELS,
+    roles: Iterable[str] = ROLES,
     tile: Tile | None = None,
     device: str = "cpu",
     jobs: int = 1,
@@ -296,7 +308,7 @@ def report(
     with ThreadPoolExecutor(jobs) as pool:
         for found, compiled in zip(kernels, pool.map(lambda f: compile_specialisation(kernels[f], f), kernels)):
             rows[found].compiled = compiled
-    return sorted(rows.values(), key=lambda row: (KERNELS.index(row.role), row.dtype, row.loads[0], row.variant))
+    return sorted(rows.values(), key=lambda row: (ROLES.index(row.role), row.dtype, row.loads[0], row.variant))
 
 
 def _variant(found: Specialisation) -> str:
@@ -305,7 +317,8 @@ def _variant(found: Specialisation) -> str:
     aligned = {at[0] for at, values in found.attributes if ("tt.divisibility", 16) in values}
     constants = {names[at[0]]: value for at, value in found.constants}
     parts = [found.name.removesuffix("_kernel").replace("_", " ")] if found.name.startswith("decode") else []
-    parts += [f"{name}={constants[name]}" for name in ("SAVE", "stride_n", "stride_r") if name in constants]
+    shown = ("SAVE", "stride_n", "stride_r", "SCORE", "BLOCK", "stride_h", "stride_j")
+    parts += [f"{name}={constants[name]}" for name in shown if name in constants]
     parts += [
         f"{name} % 16"
         for at, (name, kind) in enumerate(found.signature)
@@ -366,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--loads", type=int, nargs="+", default=LOADS, help="mean rows per expert")
-    parser.add_argument("--kernels", nargs="+", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--kernels", nargs="+", default=ROLES, choices=ROLES)
     parser.add_argument("--tile", type=parse_tile, help="64x128x32,4,3 instead of the tiles that would run")
     parser.add_argument("--device", default="cpu", help="whose tuned tiles; by default the untuned ones")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")

@@ -52,7 +52,7 @@ def moe_mlp(
         ValueError: shapes, dtypes or devices that do not fit together; the message names them.
     """
     dtype = compute_dtype or gate_up_proj.dtype
-    _check(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, dtype)
+    check_layer(hidden_states, gate_up_proj, down_proj, top_k_index, top_k_weights, dtype)
     arguments = (gate_up_proj, down_proj, top_k_index, top_k_weights)
     differentiable = (hidden_states, gate_up_proj, down_proj, top_k_weights)
     learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
@@ -60,7 +60,8 @@ def moe_mlp(
     return out.to(hidden_states.dtype)
 
 
-def _check(x, w1, w2, index, weights, dtype) -> None:
+def check_layer(x, w1, w2, index, weights, dtype) -> None:
+    """Raise `ValueError`, naming what does not fit, unless these are tensors of a layer that computes in `dtype`."""
     fits = [t.dim() for t in (x, w1, w2, index, weights)] == [2, 3, 3, 2, 2]
     fits = fits and w1.shape == (w2.shape[0], 2 * w2.shape[2], w2.shape[1])
     if not fits or x.shape[1] != w2.shape[1] or index.shape != weights.shape or index.shape[0] != x.shape[0]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import grouped_mlp
-from . import grouped_mlp_kernels as kernels
-from .autotune import Shape
+from . import grouped_mlp, grouped_mlp_kernels, neuron_topk, neuron_topk_kernels
+from .autotune import NEURON_KERNELS, Shape
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +34,9 @@ class Launch:
 
     @property
     def role(self) -> str:
-        """What the kernel does in the layer, one of `autotune.KERNELS`."""
+        """What the kernel does in the layer, one of `autotune.KERNELS` or `NEURON_KERNELS`."""
+        if self.name.removesuffix("_kernel") in NEURON_KERNELS:
+            return self.name.removesuffix("_kernel")
         if self.name == "rows_kernel":
             return "down" if self.options["SCALE"] else "dx"
         if self.name == "weight_grad_kernel":
@@ -62,18 +63,19 @@ class _Recorder:
 def recorded(*, perform: bool) -> Iterator[list[Launch]]:
     """The launches of the layer made inside, in order; without `perform` they are only noted."""
     launches: list[Launch] = []
-    real = {
-        name: value
-        for name, value in vars(kernels).items()
+    real = [
+        (module, name, value)
+        for module in (grouped_mlp_kernels, neuron_topk_kernels)
+        for name, value in vars(module).items()
         if isinstance(value, KernelInterface) and not name.startswith("_")
-    }
+    ]
     try:
-        for name, kernel in real.items():
-            setattr(kernels, name, _Recorder(kernel, launches, perform))
+        for module, name, kernel in real:
+            setattr(module, name, _Recorder(kernel, launches, perform))
         yield launches
     finally:
-        for name, kernel in real.items():
-            setattr(kernels, name, kernel)
+        for module, name, kernel in real:
+            setattr(module, name, kernel)
 
 
 def layer_launches(
@@ -106,4 +108,26 @@ def layer_launches(
             grad = torch.randn_like(out)
             dz = torch.empty_like(z)  # not over z: launches are timed many times
             grouped_mlp._gradients(grad, x, w1, w2, weights, z, dz, *rows, False, [True] * 4)
+    return launches
+
+
+def neuron_launches(
+    shape: Shape,
+    slots: int,
+    *,
+    neuron_top_k: int,
+    select_on: str = "abs_act",
+    transposed: bool = True,
+    device: str | torch.device = "meta",
+) -> list[Launch]:
+    """Launches of `neuron_topk_mlp` for one token, as in [`layer_launches`]; `transposed`: with a copy of W_down."""
+    like = {"device": device, "dtype": DTYPES[shape.dtype]}
+    x = torch.randn(1, shape.hidden, **like)
+    w1 = torch.randn(shape.experts, 2 * shape.inner, shape.hidden, **like)
+    w2 = torch.randn(shape.experts, shape.hidden, shape.inner, **like)
+    w2_t = w2.transpose(1, 2).contiguous() if transposed else None
+    index = torch.arange(slots, device=device).remainder_(shape.experts)[None]
+    weights = torch.rand(1, slots, device=device)
+    with recorded(perform=False) as launches:
+        neuron_topk._launch(x, w1, w2, w2_t, index, weights, neuron_top_k, select_on)
     return launches

@@ -31,3 +31,64 @@ def moe_mlp(
                 row = F.linear(F.silu(gate) * up, down_proj[expert])
                 out[token] = out[token] + row * top_k_weights[token, slot].to(row.dtype)
     return out
+
+
+def neuron_mask(
+    gate: torch.Tensor, activated: torch.Tensor, neuron_top_k: int, *, select_on: str = "abs_act"
+) -> torch.Tensor:
+    """Which neurons `(..., I)` are kept: the `neuron_top_k` of largest score, of equal ones the first."""
+    score = {"abs_act": activated.abs, "abs_gate": gate.abs, "act": activated.clone}[select_on]()
+    kept = score.sort(dim=-1, descending=True, stable=True).indices[..., :neuron_top_k]
+    return torch.zeros_like(gate, dtype=torch.bool).scatter(-1, kept, True)
+
+
+def neuron_topk_mlp(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    neuron_top_k: int,
+    *,
+    select_on: str = "abs_act",
+    stored_in: torch.dtype | None = None,
+) -> torch.Tensor:
+    """`out[t] = sum_k s[t,k] sum_{j in S} silu(g_j) (W_up[e]_j x) W_down[e]_:j`, `S` by [`neuron_mask`]: only what is
+    kept is computed. `stored_in`: the gate `g` and `silu(g)` are rounded to this dtype."""
+    out, inner = torch.zeros_like(hidden_states), down_proj.shape[2]
+    wide, stored_in = hidden_states.dtype, stored_in or hidden_states.dtype
+    for token in range(hidden_states.shape[0]):
+        for slot in range(top_k_index.shape[1]):
+            expert = int(top_k_index[token, slot])
+            if expert < gate_up_proj.shape[0]:
+                x = hidden_states[token]
+                gate = F.linear(x, gate_up_proj[expert, :inner]).to(stored_in).to(wide)
+                activated = F.silu(gate).to(stored_in).to(wide)
+                kept = neuron_mask(gate, activated, neuron_top_k, select_on=select_on).nonzero().squeeze(-1)
+                neurons = activated[kept] * F.linear(x, gate_up_proj[expert, inner:][kept])
+                row = F.linear(neurons, down_proj[expert][:, kept])
+                out[token] = out[token] + row * top_k_weights[token, slot].to(wide)
+    return out
+
+
+def masked_neuron_mlp(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    neuron_top_k: int,
+    *,
+    select_on: str = "abs_act",
+) -> torch.Tensor:
+    """The same as [`neuron_topk_mlp`], as training computes it: all neurons, and a mask that stops values and
+    gradients of those that are not kept."""
+    out = torch.zeros_like(hidden_states)
+    for expert in range(gate_up_proj.shape[0]):
+        token, slot = (top_k_index == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)
+        activated = F.silu(gate)
+        keep = neuron_mask(gate, activated, neuron_top_k, select_on=select_on)
+        rows = F.linear(activated * up * keep, down_proj[expert])
+        out = out.index_add(0, token, rows * top_k_weights[token, slot, None].to(rows.dtype))
+    return out

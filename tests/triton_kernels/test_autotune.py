@@ -5,7 +5,17 @@ import pytest
 import torch
 
 from sigma_kernels import autotune
-from sigma_kernels.autotune import KERNELS, Shape, Tile, bucket, forced_tile, read_tuned, tiles_for, tuned_file
+from sigma_kernels.autotune import (
+    KERNELS,
+    NEURON_KERNELS,
+    Shape,
+    Tile,
+    bucket,
+    forced_tile,
+    read_tuned,
+    tiles_for,
+    tuned_file,
+)
 
 
 CPU = torch.device("cpu")
@@ -48,7 +58,7 @@ def test_the_nearest_tuned_load_of_the_same_shape_wins(tuned):
 def test_every_kernel_has_a_tile_for_every_load():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 16, 32, 64, 256, 4096):
-            assert tiles_for(8, 64, 32, dtype, 8 * rows, CPU).keys() == set(KERNELS)
+            assert tiles_for(8, 64, 32, dtype, 8 * rows, CPU).keys() == set(KERNELS + NEURON_KERNELS)
 
 
 def test_a_forced_tile_ends_with_its_block():

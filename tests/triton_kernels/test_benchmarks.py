@@ -1,5 +1,6 @@
 """The benchmark of the experts: its floors, its rule for timing, and all of its arms in the interpreter."""
 
+import itertools
 import json
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from sigma_kernels.autotune import Shape, Tile, default_tile, forced_tile
-from sigma_kernels.benchmarks import experts, offline
+from sigma_kernels.benchmarks import experts, neurons, offline
 from sigma_kernels.benchmarks.__main__ import main
 from sigma_kernels.benchmarks.experts import Cell, cells, measure_cell, run_cells
 from sigma_kernels.benchmarks.floors import PEAKS, Load, Peak, peak_of
@@ -18,7 +19,7 @@ from sigma_kernels.benchmarks.report import draw, markdown
 from sigma_kernels.benchmarks.routings import ROUTINGS, route
 from sigma_kernels.benchmarks.saved import saved_bytes
 from sigma_kernels.benchmarks.timing import Arm, median_interval, time_in_turns, wall_clock
-from sigma_kernels.compile_report import Model
+from sigma_kernels.compile_report import MODELS, Model
 from tests.triton_kernels.fresh_process import python
 
 
@@ -224,11 +225,30 @@ def test_without_a_gpu_compile_reports_floors_and_kept_numbers_are_written(tmp_p
     assert tiny[0]["microseconds"]["backward"] == pytest.approx(342, rel=0.02)
 
 
+def test_neurons_are_timed_beside_dense_layers_with_the_bytes_that_bound_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(neurons.SHAPES, "toy", Model(4, 2, 32, 64))
+    monkeypatch.setattr(neurons, "process_clock", lambda step: step() is None or 1e-3)
+
+    options = ("--shapes", "toy", "--dtypes", "fp32", "--blocks", "10", "--steps", "1", "--output", str(tmp_path))
+    assert main(["neurons", *options]) == 0
+
+    arms = json.loads((tmp_path / "neurons-cpu-1-thread.json").read_text())["cells"]["toy/fp32/1"]["arms"]
+    columns = {f"r={share:g}{how}" for share in neurons.SHARES for how in ("", " columns")}
+    assert set(arms) == set(neurons.BASELINES) | columns
+    assert all(arms[name]["differs_from_dense"] < 1e-5 for name in neurons.BASELINES)
+    assert arms["r=0.5"]["differs_from_dense"] == pytest.approx(arms["r=0.5 columns"]["differs_from_dense"], rel=1e-4)
+    assert arms["r=0.5"]["differs_from_dense"] > 0.01
+    assert arms["r=0.25"]["at_most"] == pytest.approx(2.0)
+    assert arms["r=0.25 columns"]["at_most"] == pytest.approx(4 / 3)
+    assert arms["r=0.25"]["faster_than"]["dense"]["median"] == pytest.approx(1.0)
+    assert "| toy | fp32 | 1 | r=0.25 | 1000 [1000, 1000] |" in capsys.readouterr().out
+
+
 def test_the_command_line_lists_its_benchmarks():
     done = python("-m", "sigma_kernels.benchmarks", "--help", interpret=False)
 
     assert done.returncode == 0
-    assert "experts" in done.stdout and "saved" in done.stdout
+    assert all(name in done.stdout for name in ("experts", "neurons", "saved"))
 
 
 def test_committed_compile_reports_are_of_the_shipped_tiles_and_name_no_machine():
@@ -240,6 +260,7 @@ def test_committed_compile_reports_are_of_the_shipped_tiles_and_name_no_machine(
         assert str(Path.home()) not in text and str(experts.RESULTS.parents[2]) not in text
         for row in json.loads(text)["compilations"]:
             assert row["problems"] == []
-            for load in row["loads"]:
-                shape = Shape(96, 1536, 768, row["dtype"].split()[0], load)
+            for model, load in itertools.product(row["models"], row["loads"]):
+                experts_of = MODELS[model]
+                shape = Shape(experts_of.experts, experts_of.hidden, experts_of.inner, row["dtype"].split()[0], load)
                 assert asdict(default_tile(row["role"], shape)) == row["tile"]

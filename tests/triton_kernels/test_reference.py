@@ -33,3 +33,32 @@ def test_an_index_beyond_the_experts_contributes_nothing():
     out = reference.moe_mlp(hidden, gate_up, down, index.masked_fill(index == 0, 3), weights)
     silent = torch.cat([torch.zeros_like(down[:1]), down[1:]])
     torch.testing.assert_close(out, reference.moe_mlp(hidden, gate_up, silent, index, weights))
+
+
+def test_the_masked_neurons_are_the_kept_ones_and_all_of_them_the_dense_layer():
+    (hidden, gate_up, down), index, weights = inputs()
+    for select_on in ("abs_act", "abs_gate", "act"):
+        kept = reference.neuron_topk_mlp(hidden, gate_up, down, index, weights, 2, select_on=select_on)
+        masked = reference.masked_neuron_mlp(hidden, gate_up, down, index, weights, 2, select_on=select_on)
+        torch.testing.assert_close(kept, masked)
+        assert not torch.allclose(kept, reference.moe_mlp(hidden, gate_up, down, index, weights))
+    for function in (reference.neuron_topk_mlp, reference.masked_neuron_mlp):
+        every = function(hidden, gate_up, down, index, weights, 3)
+        torch.testing.assert_close(every, reference.moe_mlp(hidden, gate_up, down, index, weights))
+
+
+def test_gradients_reach_kept_neurons_only():
+    tensors, index, weights = inputs()
+    torch.autograd.gradcheck(lambda x, w1, w2: reference.masked_neuron_mlp(x, w1, w2, index, weights, 2), tensors)
+    hidden, gate_up, down = tensors
+    one = (hidden[:1].detach(), gate_up, down, index[:1, :1], weights[:1, :1])
+    grad_up, grad_down = torch.autograd.grad(reference.masked_neuron_mlp(*one, 2).sum(), (gate_up, down))
+    expert = int(index[0, 0])
+    assert (grad_down[expert] != 0).all(0).tolist() == (grad_up[expert, :3] != 0).all(1).tolist()
+    assert (grad_down[expert] != 0).any(0).sum() == 2
+
+
+def test_of_equal_neurons_the_first_are_kept():
+    gate = torch.tensor([0.0, 1.0, -0.0, 1.0, 1.0, 0.0])
+    assert reference.neuron_mask(gate, gate, 2).tolist() == [False, True, False, True, False, False]
+    assert reference.neuron_mask(gate, gate, 5).tolist() == [True, True, True, True, True, False]

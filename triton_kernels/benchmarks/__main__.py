@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from . import experts, saved
+from . import experts, neurons, saved
 
 
-BENCHMARKS = {"experts": experts, "saved": saved}
+BENCHMARKS = {"experts": experts, "neurons": neurons, "saved": saved}
 
 
 def main(arguments: list[str] | None = None) -> int:

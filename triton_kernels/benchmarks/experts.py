@@ -252,7 +252,7 @@ def _arm(name: str, layer: Layer, mode: str, inputs: tuple, masters: bool) -> Ar
 
     if mode in ("inference", "decode"):
         step = torch.no_grad()(forward)
-        return Arm(name, lambda: None, _captured(step) if mode == "decode" and x.is_cuda else step)
+        return Arm(name, lambda: None, captured(step) if mode == "decode" and x.is_cuda else step)
     if mode == "forward":
         return Arm(name, new_step, forward)
     if mode == "backward":
@@ -260,7 +260,7 @@ def _arm(name: str, layer: Layer, mode: str, inputs: tuple, masters: bool) -> Ar
     return Arm(name, new_step, lambda _: backward(forward()))
 
 
-def _captured(step: Callable[[object], object]) -> Callable[[object], object]:
+def captured(step: Callable[[object], object]) -> Callable[[object], object]:
     """The step as a CUDA graph, as decoding loops replay it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

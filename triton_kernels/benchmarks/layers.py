@@ -29,15 +29,16 @@ def layers(
     found: dict[str, Layer] = {
         OURS: lambda x, index, weights: moe_mlp(x, gate_up, down, index, weights, compute_dtype=compute_dtype)
     }
-    found[BASELINE] = _of_transformers(BASELINE, gate_up, down)
+    found[BASELINE] = of_transformers(BASELINE, gate_up, down)
     if pairs * 3 * down[0].numel() * gate_up.element_size() * (2 if training else 1) <= MAX_COPIED_BYTES:
-        found["batched_mm"] = _of_transformers("batched_mm", gate_up, down)
+        found["batched_mm"] = of_transformers("batched_mm", gate_up, down)
     if gate_up.is_cuda and gate_up.dtype == torch.bfloat16:
         found |= _others(gate_up, down)
     return found
 
 
-def _of_transformers(name: str, gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
+def of_transformers(name: str, gate_up: nn.Parameter, down: nn.Parameter) -> Layer:
+    """The experts of transformers on the backend `name`."""
     from transformers.integrations.moe import use_experts_implementation
 
     @use_experts_implementation
@@ -63,7 +64,7 @@ def _others(gate_up: nn.Parameter, down: nn.Parameter) -> dict[str, Layer]:
     if _installed("scattermoe.mlp"):
         found["scattermoe"] = _scattermoe(gate_up, down)
     if _installed("kernels") and _installed("cutlass"):
-        found["sonicmoe"] = _of_transformers("sonicmoe", gate_up, down)
+        found["sonicmoe"] = of_transformers("sonicmoe", gate_up, down)
     return found
 
 
