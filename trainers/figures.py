@@ -195,6 +195,64 @@ def loss_figure(
         return _save(figure, path)
 
 
+def elastic_figure(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    points: Mapping[str, tuple[float, float]] | None = None,
+    x_label: str = "active experts per token (mean over layers)",
+    y_label: str = "held-out perplexity",
+) -> Path:
+    """Quality against cost: one line a model over the settings of its dial, lower is better.
+
+    Args:
+        curves (`dict[str, list[tuple[float, float]]]`): `(cost, quality)` by name; the first is ours and is drawn on
+            top.
+        path (`str` or `Path`): PNG to write.
+        points (`dict[str, tuple[float, float]]`, *optional*): single models beside the curves, such as one trained at
+            each cost; drawn as diamonds.
+        x_label, y_label (`str`): what the axes show.
+
+    Raises:
+        ValueError: no curve, or one without a point.
+    """
+    if not curves or not all(len(curve) for curve in curves.values()):
+        raise ValueError("Every curve needs at least one point, and there must be a curve.")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+        panel = figure.subplots()
+        for index, (name, curve) in enumerate(curves.items()):
+            x, y = zip(*sorted(curve), strict=True)
+            ours = {"linewidth": 2.4, "zorder": 4} if index == 0 else {"linewidth": 1.4, "zorder": 3}
+            panel.plot(x, y, "o-", color=OKABE_ITO[index % len(OKABE_ITO)], markersize=5, label=name, **ours)
+        for index, (name, (x, y)) in enumerate((points or {}).items()):
+            colour = OKABE_ITO[(len(curves) + index) % len(OKABE_ITO)]
+            panel.plot(x, y, "D", color=colour, markersize=8, markerfacecolor="none", zorder=5, label=name)
+        values = [y for curve in curves.values() for _, y in curve] + [y for _, y in (points or {}).values()]
+        if max(values) > 3 * min(values) > 0:  # a model far from the number it was trained with
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(FuncFormatter(_short_number))
+            panel.yaxis.set_minor_formatter(FuncFormatter(_short_number))
+        if len(curves) + len(points or {}) > 1:
+            panel.legend(loc="best")
+        panel.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        panel.set_xlabel(x_label)
+        panel.set_ylabel(y_label)
+        _headline(figure, _ends_of_dial(curves))
+        return _save(figure, path)
+
+
+def _ends_of_dial(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Quality of the first curve at its lowest and highest cost, beside that of the second where it was measured."""
+    (name, ours), *others = curves.items()
+    beside_name, beside = (others[0][0], dict(others[0][1])) if others else ("", {})
+    ends = []
+    for cost, quality in dict.fromkeys((min(ours), max(ours))):
+        also = f" ({beside_name}: {beside[cost]:.3g})" if cost in beside else ""
+        ends.append(f"{quality:.3g} at {cost:g}{also}")
+    return f"{name}: " + ", ".join(ends)
+
+
 def expert_load_figure(fractions: Sequence[Sequence[float]], path: str | Path) -> Path:
     """Heat map of the share of routed tokens that each expert of each layer received.
 

@@ -8,10 +8,16 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 AUX_LOSS_TYPES = ("none", "switch", "sequence", "global_batch", "top1")
+NEURON_SELECTIONS = ("abs_act", "abs_gate", "act", "abs_product")
+NEURON_AUX_MODES = ("normalized", "literal")
+K_SAMPLINGS = ("none", "global_batch", "micro_batch", "layer")
+K_DISTRIBUTIONS = ("uniform", "capacity")
+AUX_KS = ("sampled", "max")
 
 # "sigma-moe-tiny": the shape as summaries of the report give it, vocabulary and initialisation as in the family;
 # head_dim 96 is inferred, the one value that gives the published parameter counts. "sigma-v2-200b": the configuration
-# file of the 200B sibling. "demo": what two CPU cores train in minutes.
+# file of the 200B sibling. "demo": what two CPU cores train in minutes; "evidence": in one, for comparisons of many
+# runs; "evidence-small": to 20 tokens an active parameter in two.
 PRESETS = {
     "sigma-moe-tiny": {
         "hidden_size": 1536,
@@ -46,6 +52,42 @@ PRESETS = {
         "moe_intermediate_size": 128,
         "num_experts": 32,
         "num_experts_per_tok": 1,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.02,
+        "router_aux_loss_coef": 1e-2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    },
+    "evidence": {
+        "vocab_size": 2048,
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "moe_intermediate_size": 128,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "scoring_func": "softmax",
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.02,
+        "router_aux_loss_coef": 1e-2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    },
+    "evidence-small": {
+        "vocab_size": 1024,
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "moe_intermediate_size": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "scoring_func": "softmax",
         "max_position_embeddings": 1024,
         "initializer_range": 0.02,
         "router_aux_loss_coef": 1e-2,
@@ -97,6 +139,31 @@ class SigmaMoeConfig(PreTrainedConfig):
             Bound on the absolute value of that bias.
         output_router_logits (`bool`, defaults to `False`):
             Return the router logits and, with labels, add the auxiliary losses also outside training.
+        neuron_top_k (`int` or `list[int]`, *optional*):
+            MoNE (arXiv 2510.05781): neurons that each token keeps inside an active expert, one number or one per
+            layer; `moe_intermediate_size` or more, or `None`: all. See [`MoneConfig`].
+        neuron_ratio (`float` or `list[float]`, *optional*):
+            The same as a share of `moe_intermediate_size`, in (0, 1]. One of the two at most.
+        neuron_select_on (`str`, defaults to `"abs_act"`):
+            What ranks neurons: `"abs_act"` (|act(gate)|, the paper's), `"abs_gate"`, `"act"` or `"abs_product"`
+            (|act(gate) * up|).
+        neuron_aux_loss_coef (`float`, defaults to 0.0), neuron_aux_mode (`str`, defaults to `"normalized"`):
+            Weight and form (`"normalized"` or `"literal"`) of the neuron-level balance loss, averaged over layers: see
+            `hf_models.moe.neurons`.
+        k_sampling (`str`, defaults to `"none"`):
+            M-MoE (arXiv 2509.26520): how training draws the active experts per token: one number for an optimizer step
+            (`"global_batch"`), for a micro-batch (`"micro_batch"`), or one for each layer of a micro-batch
+            (`"layer"`). `MatryoshkaExpertsCallback` draws; see [`MMoeConfig`].
+        k_min (`int`, *optional*), k_max (`int`, *optional*):
+            Range of the draw; `None`: 1 and `num_experts_per_tok`.
+        k_distribution (`str`, defaults to `"uniform"`), k_tau (`float`, defaults to 2.0):
+            `"uniform"`, or `"capacity"`: probability proportional to k^(1 / k_tau).
+        k_budget (`float`, *optional*):
+            Activation budget: at most `k_budget` times the expected number of active experts, over all layers.
+        k_seed (`int`, defaults to 0):
+            Seed of the draws, which are the same on every rank.
+        aux_k (`str`, defaults to `"sampled"`):
+            Balance the experts chosen at the drawn k (`"sampled"`) or at `k_max` (`"max"`).
 
     Every other field means what it means in [`Qwen3MoeConfig`]. Field names of Sigma-V2 files (`n_routed_experts`) are
     understood.
@@ -153,6 +220,19 @@ class SigmaMoeConfig(PreTrainedConfig):
     expert_bias_update_rate: float | int = 0.0
     expert_bias_cap: float | int | None = None
     output_router_logits: bool = False
+    neuron_top_k: int | list[int] | None = None
+    neuron_ratio: float | int | list[float | int] | None = None
+    neuron_select_on: str = "abs_act"
+    neuron_aux_loss_coef: float | int = 0.0
+    neuron_aux_mode: str = "normalized"
+    k_sampling: str = "none"
+    k_min: int | None = None
+    k_max: int | None = None
+    k_distribution: str = "uniform"
+    k_tau: float | int = 2.0
+    k_budget: float | int | None = None
+    k_seed: int = 0
+    aux_k: str = "sampled"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -175,8 +255,8 @@ class SigmaMoeConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SigmaMoeConfig":
-        """A named shape (`"sigma-moe-tiny"`, `"sigma-v2-200b"`, `"demo"`), any field overridden. `ValueError` if
-        unknown."""
+        """A named shape (`"sigma-moe-tiny"`, `"sigma-v2-200b"`, `"demo"`, `"evidence"`, `"evidence-small"`),
+        any field overridden. `ValueError` if unknown."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known. Choose one of {sorted(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
@@ -188,12 +268,29 @@ class SigmaMoeConfig(PreTrainedConfig):
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in SigmaMoeConfig.__annotations__}
         if "num_experts_per_tok" in given:
             given.setdefault("num_experts_per_tok_per_layer", None)
+        if given.keys() & {"neuron_top_k", "neuron_ratio"}:  # the file's choice of one must not meet the other
+            given = {"neuron_top_k": None, "neuron_ratio": None} | given
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     @property
     def top_k_per_layer(self) -> list[int]:
         """Active experts per token of each layer, as in force."""
         return self.num_experts_per_tok_per_layer or [self.num_experts_per_tok] * self.num_hidden_layers
+
+    def neurons_of(self, layer: int, width: int) -> int:
+        """Neurons that a network of `width` neurons in a layer keeps."""
+        if self.neuron_top_k is not None:
+            top_k = self.neuron_top_k
+            return min(top_k[layer] if isinstance(top_k, list) else top_k, width)
+        if self.neuron_ratio is not None:
+            ratio = self.neuron_ratio
+            return max(1, round((ratio[layer] if isinstance(ratio, list) else ratio) * width))
+        return width
+
+    @property
+    def k_range(self) -> tuple[int, int]:
+        """Smallest and largest number of active experts that training may draw."""
+        return self.k_min or 1, self.k_max or self.num_experts_per_tok
 
     def validate_attention_heads(self):
         """Query heads share key-value heads in equal groups, rotary needs an even head_dim, a window has a width."""
@@ -241,13 +338,9 @@ class SigmaMoeConfig(PreTrainedConfig):
 
     def validate_router(self):
         """Known score functions and losses, sane coefficients."""
-        for field, known in (
-            ("scoring_func", SCORE_FUNCTIONS),
-            ("aux_scoring_func", SCORE_FUNCTIONS),
-            ("router_aux_loss_type", AUX_LOSS_TYPES),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field}={getattr(self, field)!r} is not known. Choose one of {known}.")
+        _require_known(self, "scoring_func", SCORE_FUNCTIONS)
+        _require_known(self, "aux_scoring_func", SCORE_FUNCTIONS)
+        _require_known(self, "router_aux_loss_type", AUX_LOSS_TYPES)
         if self.top1_lbl_temperature <= 0:
             raise ValueError(
                 f"top1_lbl_temperature={self.top1_lbl_temperature} must be positive (0.1 is recommended)."
@@ -257,6 +350,51 @@ class SigmaMoeConfig(PreTrainedConfig):
         for field in ("router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative; 0 turns it off.")
+
+    def validate_neurons(self):
+        """Every layer keeps at least one neuron of an expert, by one of the two fields."""
+        _require_known(self, "neuron_select_on", NEURON_SELECTIONS)
+        _require_known(self, "neuron_aux_mode", NEURON_AUX_MODES)
+        if self.neuron_top_k is not None and self.neuron_ratio is not None:
+            raise ValueError(
+                f"neuron_top_k={self.neuron_top_k} and neuron_ratio={self.neuron_ratio} say the same thing. Give one."
+            )
+        for field, fits, allowed in (
+            ("neuron_top_k", lambda k: k >= 1, ">= 1"),
+            ("neuron_ratio", lambda ratio: 0 < ratio <= 1, "in (0, 1]"),
+        ):
+            value = getattr(self, field)
+            if isinstance(value, list) and len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{field} has {len(value)} entries but num_hidden_layers={self.num_hidden_layers}. Give one per "
+                    "layer, or one number for all."
+                )
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(map(fits, values)):
+                raise ValueError(f"{field}={value} must be {allowed}.")
+        if not self.neuron_aux_loss_coef >= 0:
+            raise ValueError(f"neuron_aux_loss_coef={self.neuron_aux_loss_coef} must not be negative; 0 turns it off.")
+
+    def validate_k_sampling(self):
+        """A range of active experts that the layers have, and a known way to draw from it."""
+        _require_known(self, "k_sampling", K_SAMPLINGS)
+        _require_known(self, "k_distribution", K_DISTRIBUTIONS)
+        _require_known(self, "aux_k", AUX_KS)
+        low, high = self.k_range
+        if (self.k_min, self.k_max) != (None, None) and not 1 <= low <= high <= self.num_experts:
+            raise ValueError(
+                f"k_min={self.k_min} and k_max={self.k_max} do not give a range within 1..num_experts="
+                f"{self.num_experts} (their defaults are 1 and num_experts_per_tok={self.num_experts_per_tok})."
+            )
+        if not self.k_tau > 0:
+            raise ValueError(f"k_tau={self.k_tau} must be positive (the paper tried 2).")
+        if self.k_budget is not None and not self.k_budget > 0:
+            raise ValueError(f"k_budget={self.k_budget} must be positive (1.1, say); None turns it off.")
+
+
+def _require_known(config: SigmaMoeConfig, field: str, known: tuple[str, ...]) -> None:
+    if getattr(config, field) not in known:
+        raise ValueError(f"{field}={getattr(config, field)!r} is not known. Choose one of {known}.")
 
 
 __all__ = ["SigmaMoeConfig"]

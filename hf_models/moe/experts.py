@@ -1,7 +1,7 @@
-"""`sigma_triton`: the fused kernels of `sigma_kernels` as an experts backend, for every mixture-of-experts model of
-transformers with SwiGLU experts.
+"""The kernels of `sigma_kernels` as backends of transformers' experts.
 
-    model.set_experts_implementation("sigma_triton")
+    model.set_experts_implementation("sigma_triton")       # every mixture of SwiGLU experts, training and inference
+    model.set_experts_implementation("sigma_neurons")      # MoNE: decoding reads only the neurons that are kept
 
 Weights, checkpoints, adapters and parallel plans stay as they are. Where the kernels cannot run (no GPU, no Triton)
 the stock `grouped_mm` computes, with one warning; experts that they cannot compute are refused by name.
@@ -19,6 +19,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 NAME = "sigma_triton"
+NEURONS = "sigma_neurons"
+# Above, several tokens share an expert, and a product over all its neurons reads them once.
+MAX_DECODED_PAIRS = 64
 # Attribute of the experts module -> the value that the kernels compute.
 _LAYOUT = {
     "has_gate": True,
@@ -53,8 +56,39 @@ def sigma_triton_experts_forward(
         top_k_index,
         top_k_weights,
         compute_dtype=autocast,
-        sentinels=self._is_expert_parallel,
+        sentinels=getattr(self, "_is_expert_parallel", True),  # transformers 5.17 always looks for them
     )
+
+
+def sigma_neurons_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Forward of experts that keep their top neurons (`neurons.py`), shapes as above; `grouped_mm` but where few
+    tokens are decoded: there, on GPUs and CPUs, the rest of the up and down projections is not read.
+
+    A transposed copy of the down projection, a third of the experts' memory, is made at the first such step and kept
+    while the weight is the same.
+    """
+    decodes = not self.training and not torch.is_grad_enabled() and top_k_index.numel() <= MAX_DECODED_PAIRS
+    supported = getattr(self, "selects_neurons", False) and self.neuron_select_on != "abs_product"
+    if decodes and supported:
+        try:
+            from sigma_kernels import neuron_topk_mlp, transposed_weight
+        except ImportError as error:
+            logger.warning_once(f"{NEURONS} needs Triton and hf-sigma's kernels ({error}); 'grouped_mm' computes.")
+        else:
+            return neuron_topk_mlp(
+                hidden_states,
+                self.gate_up_proj,
+                self.down_proj,
+                top_k_index,
+                top_k_weights,
+                self.neuron_top_k,
+                select_on=self.neuron_select_on,
+                down_proj_t=transposed_weight(self.down_proj),
+                sentinels=getattr(self, "_is_expert_parallel", True),
+            )
+    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 def require_swiglu(experts: nn.Module) -> None:
@@ -64,7 +98,8 @@ def require_swiglu(experts: nn.Module) -> None:
         for name, value in _LAYOUT.items()
         if getattr(experts, name, value) is not value
     ]
-    if getattr(experts._apply_gate, "__func__", None) is not _default_apply_gate:
+    plain = getattr(experts._apply_gate, "__func__", None) is _default_apply_gate
+    if not plain and getattr(experts, "selects_neurons", True):
         problems.append("a gate of its own (_apply_gate)")
     activation = getattr(experts, "act_fn", None)
     if not isinstance(activation, (nn.SiLU, SiLUActivation)):
@@ -89,5 +124,6 @@ def _kernel(device: torch.device) -> Callable[..., torch.Tensor] | None:
 
 
 def register() -> None:
-    """Make the backend known to transformers."""
+    """Make the backends known to transformers."""
     ExpertsInterface.register(NAME, sigma_triton_experts_forward)
+    ExpertsInterface.register(NEURONS, sigma_neurons_experts_forward)

@@ -11,6 +11,7 @@ k is a property of each layer; b is the loss-free balancing bias, which selects 
 formed per layer and summed (`balance.py`).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -43,6 +43,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .balance import RoutingWindow
 from .configuration_sigma_moe import SigmaMoeConfig
+from .elastic import ElasticExperts, ElasticGeneration, num_active_parameters, set_active_experts
+from .neurons import (
+    ElasticNeurons,
+    NeuronSparseExperts,
+    collected_neuron_sums,
+    idle_neuron_parameters,
+    mean_neuron_loss,
+)
 from .routing_losses import RoutingLossMixin
 
 
@@ -52,14 +60,16 @@ logger = logging.get_logger(__name__)
 @dataclass
 class SigmaMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     r"""
-    `loss = cross-entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss` up to the scaling of
-    gradient accumulation; the last two are sums over layers of means over tokens.
+    `loss = cross-entropy + router_aux_loss_coef * aux_loss + router_z_loss_coef * z_loss + neuron_aux_loss_coef *
+    neuron_aux_loss` up to the scaling of gradient accumulation; `aux_loss` and `z_loss` are sums over layers of means
+    over tokens, `neuron_aux_loss` (training only) is a mean over layers.
 
     load_balancing_losses (`torch.FloatTensor` of shape `(num_hidden_layers,)`): the terms of `aux_loss`, without
     gradient.
     """
 
     z_loss: torch.FloatTensor | None = None
+    neuron_aux_loss: torch.FloatTensor | None = None
     load_balancing_losses: torch.FloatTensor | None = None
 
 
@@ -79,12 +89,14 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
         """Score of each expert `(tokens, experts)` in fp32."""
         return router_logits.sigmoid() if self.scoring_func == "sigmoid" else router_logits.softmax(dim=-1)
 
-    def select(self, scores: torch.Tensor) -> torch.Tensor:
-        """Indices `(tokens, k)` of the experts with the highest score plus bias."""
+    def select(self, scores: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
+        """Indices `(tokens, top_k)` of the experts with the highest score plus bias; by default as many as in
+        force."""
+        top_k = self.top_k if top_k is None else top_k
         biased = scores + self.e_score_correction_bias.float()
-        if self.top_k == 1:
+        if top_k == 1:
             return biased.max(dim=-1, keepdim=True).indices  # several times as fast as topk on a CPU
-        return biased.topk(self.top_k, dim=-1).indices
+        return biased.topk(top_k, dim=-1).indices
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
@@ -100,9 +112,13 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
         return router_logits, weights * self.routed_scaling_factor, indices
 
 
-@use_experts_implementation
-class SigmaMoeExperts(Qwen3MoeExperts):
-    """SwiGLU experts as 3-D parameters: `gate_up_proj (E, 2I, H)`, `down_proj (E, H, I)`."""
+class SigmaMoeExperts(NeuronSparseExperts, Qwen3MoeExperts):
+    """SwiGLU experts as 3-D parameters: `gate_up_proj (E, 2I, H)`, `down_proj (E, H, I)`; of each, a token uses all
+    neurons or the top ones."""
+
+    def __init__(self, config: SigmaMoeConfig, layer_idx: int):
+        super().__init__(config)
+        self.choose_neurons(config, layer_idx)
 
 
 class SigmaMoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
@@ -110,7 +126,7 @@ class SigmaMoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
 
     def __init__(self, config: SigmaMoeConfig, layer_idx: int):
         nn.Module.__init__(self)  # the parent would build its own experts first
-        self.experts = SigmaMoeExperts(config)
+        self.experts = SigmaMoeExperts(config, layer_idx)
         self.gate = SigmaMoeTopKRouter(config, layer_idx)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -130,7 +146,7 @@ class SigmaMoeDecoderLayer(Qwen3MoeDecoderLayer):
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class SigmaMoePreTrainedModel(PreTrainedModel):
+class SigmaMoePreTrainedModel(ElasticExperts, ElasticNeurons, PreTrainedModel):
     """Initialisation, plans and the per-layer number of active experts."""
 
     config: SigmaMoeConfig
@@ -151,6 +167,11 @@ class SigmaMoePreTrainedModel(PreTrainedModel):
         "hidden_states": SigmaMoeDecoderLayer,
         "attentions": Qwen3MoeAttention,
     }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The parent looks for a decorator in the file of the class, which is another one for the sister families.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -183,36 +204,14 @@ class SigmaMoePreTrainedModel(PreTrainedModel):
         Takes effect with the next forward; `save_pretrained` writes what is in force. Never call it inside a
         gradient-accumulation window. Raises `ValueError` for a wrong length or values outside `1..num_experts`.
         """
-        per_layer = list(top_k) if isinstance(top_k, (list, tuple)) else None
-        values = per_layer if per_layer is not None else [top_k] * self.config.num_hidden_layers
-        if len(values) != self.config.num_hidden_layers:
-            raise ValueError(
-                f"top_k has {len(values)} entries for {self.config.num_hidden_layers} layers. Give one per layer."
-            )
-        for layer, k in enumerate(values):
-            if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= self.config.num_experts:
-                raise ValueError(
-                    f"top_k={k!r} of layer {layer} is not an integer in 1..num_experts={self.config.num_experts}."
-                )
-        for router, k in zip(self.routers, values, strict=True):
-            router.top_k = k
-        self.config.num_experts_per_tok = max(values)
-        self.config.num_experts_per_tok_per_layer = per_layer
+        set_active_experts(self, top_k)
 
     def num_active_parameters(self, include_embeddings: bool = False) -> int:
         """Parameters that one token uses, with the experts per token in force; embeddings and head only on request.
 
         The count behind the published 0.5B of Sigma-MoE-Tiny leaves embeddings and head out.
         """
-        embeddings = {
-            id(p) for m in (self.get_input_embeddings(), self.get_output_embeddings()) if m for p in m.parameters()
-        }
-        total = sum(p.numel() for p in self.parameters() if include_embeddings or id(p) not in embeddings)
-        idle = 0
-        for block in (m for m in self.modules() if isinstance(m, SigmaMoeSparseMoeBlock)):
-            per_expert = sum(p.numel() for p in block.experts.parameters()) // self.config.num_experts
-            idle += per_expert * (self.config.num_experts - block.gate.top_k)
-        return total - idle
+        return num_active_parameters(self, include_embeddings=include_embeddings) - idle_neuron_parameters(self)
 
 
 class SigmaMoeModel(SigmaMoePreTrainedModel):
@@ -272,16 +271,17 @@ class SigmaMoeModel(SigmaMoePreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class SigmaMoeForCausalLM(RoutingLossMixin, SigmaMoePreTrainedModel, GenerationMixin):
+class SigmaMoeForCausalLM(RoutingLossMixin, ElasticGeneration, SigmaMoePreTrainedModel, GenerationMixin):
     """Language model. While training, or with `output_router_logits=True`, a loss includes the auxiliary losses."""
 
+    body_class = SigmaMoeModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __init__(self, config: SigmaMoeConfig):
         super().__init__(config)
-        self.model = SigmaMoeModel(config)
+        self.model = self.body_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.routing_window = RoutingWindow()
@@ -305,16 +305,19 @@ class SigmaMoeForCausalLM(RoutingLossMixin, SigmaMoePreTrainedModel, GenerationM
             output_router_logits = self.config.output_router_logits
         learning = self.training and labels is not None
         self._warn_if_labels_are_withheld(labels, kwargs)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_router_logits=output_router_logits or learning,
-            **kwargs,
-        )
+        follow_neurons = learning and self.config.neuron_aux_loss_coef > 0
+        with collected_neuron_sums(self, attention_mask) if follow_neurons else nullcontext(()) as followed:
+            outputs, router_logits, selected = self._run_body(
+                output_router_logits or learning,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            neuron_loss = mean_neuron_loss(followed)
         hidden_states = outputs.last_hidden_state
         keep = (
             slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -323,48 +326,61 @@ class SigmaMoeForCausalLM(RoutingLossMixin, SigmaMoePreTrainedModel, GenerationM
 
         loss = self.loss_function(logits, labels, self.vocab_size, **kwargs) if labels is not None else None
         balance = z_loss = None
-        if output_router_logits or learning:
+        aux = torch.zeros((), device=hidden_states.device)
+        if router_logits:
             batch_size = hidden_states.shape[0]
-            balance, z_loss = self._routing_losses(outputs.router_logits, attention_mask, batch_size, learning)
-            if loss is not None:
-                aux = self.config.router_aux_loss_coef * balance.sum() + self.config.router_z_loss_coef * z_loss
-                loss = loss + self._scaled_like_cross_entropy(aux, labels, learning, **kwargs).to(loss)
+            balance, z_loss = self._routing_losses(router_logits, selected, attention_mask, batch_size, learning)
+            aux = self.config.router_aux_loss_coef * balance.sum() + self.config.router_z_loss_coef * z_loss
+        if neuron_loss is not None:
+            aux = aux + self.config.neuron_aux_loss_coef * neuron_loss.to(aux.device)
+        if loss is not None and (output_router_logits or learning):
+            loss = loss + self._scaled_like_cross_entropy(aux, labels, learning, **kwargs).to(loss)
 
         return SigmaMoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=balance.sum() if balance is not None else None,
             z_loss=z_loss,
+            neuron_aux_loss=neuron_loss,
             load_balancing_losses=balance.detach() if balance is not None else None,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits if output_router_logits else None,
+            router_logits=router_logits if output_router_logits else None,
         )
+
+    def _run_body(self, records_routing: bool, **inputs):
+        """The body's output, the router logits of each layer, and the experts that each layer chose (None: whatever
+        `routers` say); of a body that is not ours they come from elsewhere."""
+        outputs = self.model(output_router_logits=records_routing, **inputs)
+        return outputs, outputs.router_logits, None
 
 
 class SigmaMoeForSequenceClassification(GenericForSequenceClassification, SigmaMoePreTrainedModel):
     """The decoder with a classifier on the last real token."""
 
+    body_class = SigmaMoeModel
+
     def __init__(self, config: SigmaMoeConfig):
         # The generic head asks AutoModel for the body, and AutoModel knows no class that came with a Hub repository.
-        AutoModel.register(type(config), SigmaMoeModel, exist_ok=True)
+        AutoModel.register(type(config), self.body_class, exist_ok=True)
         super().__init__(config)
 
 
 class SigmaMoeForTokenClassification(GenericForTokenClassification, SigmaMoePreTrainedModel):
     """The decoder with a classifier on every token."""
 
+    body_class = SigmaMoeModel
+
     def __init__(self, config: SigmaMoeConfig):
-        AutoModel.register(type(config), SigmaMoeModel, exist_ok=True)
+        AutoModel.register(type(config), self.body_class, exist_ok=True)
         super().__init__(config)
 
 
-# Files with one tensor per expert matrix, as in Qwen3-MoE, load too (`convert.py` also knows Sigma-V2's other names).
-# Registered here, not in the package's registry, because it has to travel with the code of a Hub repository.
-register_checkpoint_conversion_mapping(
-    "sigma_moe",
-    [
+def register_expert_layouts(model_type: str) -> None:
+    """Let files with one tensor per expert matrix, as in Qwen3-MoE, load too (`convert.py` also knows Sigma-V2's other
+    names)."""
+    converters = [
         WeightConverter(
             source_patterns=["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
             target_patterns="mlp.experts.gate_up_proj",
@@ -375,9 +391,12 @@ register_checkpoint_conversion_mapping(
             target_patterns="mlp.experts.down_proj",
             operations=[MergeModulelist(dim=0)],
         ),
-    ],
-    overwrite=True,
-)
+    ]
+    register_checkpoint_conversion_mapping(model_type, converters, overwrite=True)
+
+
+# Here, not in the package's registry, because it has to travel with the code of a Hub repository.
+register_expert_layouts("sigma_moe")
 
 __all__ = [
     "SigmaMoeForCausalLM",

@@ -2,12 +2,14 @@
 
 from .expert_balance import ExpertBalanceCallback
 from .installation import install_callbacks
+from .matryoshka_experts import MatryoshkaExpertsCallback
 from .progressive_sparsification import ProgressiveSparsificationCallback, SparsificationStage
 from .throughput import ThroughputCallback
 
 
 __all__ = [
     "ExpertBalanceCallback",
+    "MatryoshkaExpertsCallback",
     "ProgressiveSparsificationCallback",
     "SparsificationStage",
     "ThroughputCallback",

@@ -30,8 +30,9 @@ class ExpertBalanceCallback(TrainerCallback):
     Every `every` steps (default: `logging_steps`) one JSON line per layer goes to `path` (default
     `<output_dir>/logs/balance.jsonl`), and a few numbers to the log:
     `moe/max_violation` (largest over layers), `moe/starved_experts` (sum), `moe/load_balancing_loss` (mean over
-    layers, 1 at balance), `moe/router_entropy`. A record has `step`, `layer`, `top_k`, `bias_spread` and the fields of
-    [`~hf_models.moe.balance.RoutingWindow.summary`]; with `record_vectors=True` also `f` and `p`.
+    layers, 1 at balance), `moe/router_entropy`. A record has `step`, `layer`, `top_k` (experts per token; their mean,
+    if they varied), `bias_spread` and the fields of [`~hf_models.moe.balance.RoutingWindow.summary`]; with
+    `record_vectors=True` also `f` and `p`.
 
     It owns the model's routing window: it is reset at each optimizer step, which is what makes the global-batch loss
     use running counts across gradient accumulation, and what the loss-free bias is updated from (after the optimizer
@@ -98,7 +99,9 @@ class ExpertBalanceCallback(TrainerCallback):
         records = []
         for layer, router in enumerate(routed.routers):
             bias = router.e_score_correction_bias
-            record = {"step": state.global_step, "layer": layer, "top_k": router.top_k}
+            # What was routed, not what the router holds: M-MoE changes k from micro-batch to micro-batch.
+            top_k = (summary["counts"][layer].sum() / summary["tokens"][layer].clamp_min(1.0)).item()
+            record = {"step": state.global_step, "layer": layer, "top_k": int(top_k) if top_k % 1 == 0 else top_k}
             record |= {field: round(summary[field][layer].item(), 6) for field in RECORDED}
             record["bias_spread"] = round((bias.max() - bias.min()).item(), 6)
             if self.record_vectors:

@@ -88,6 +88,12 @@ class ProgressiveSparsificationCallback(TrainerCallback):
         self._apply(state, model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        # Here, not only when training begins: MatryoshkaExpertsCallback may come later in the list.
+        if (sampling := getattr(routed_model(model).config, "k_sampling", "none")) != "none":
+            raise ValueError(
+                f"k_sampling={sampling!r} draws the experts per token anew for each micro-batch, over any schedule. "
+                "Remove one of the two callbacks, or set config.k_sampling='none'."
+            )
         self._apply(state, model)
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):

@@ -227,23 +227,38 @@ CHANGED = {
     "expert_bias_update_rate": 0.0625,
     "expert_bias_cap": 0.875,
     "output_router_logits": True,
+    "neuron_top_k": None,
+    "neuron_ratio": [0.5, 0.25, 1.0],
+    "neuron_select_on": "abs_gate",
+    "neuron_aux_loss_coef": 0.15625,
+    "neuron_aux_mode": "literal",
+    "k_sampling": "layer",
+    "k_min": 2,
+    "k_max": 5,
+    "k_distribution": "capacity",
+    "k_tau": 1.5,
+    "k_budget": 1.25,
+    "k_seed": 17,
+    "aux_k": "max",
     "pad_token_id": 5,
     "bos_token_id": 6,
     "eos_token_id": [7, 8],
 }
 
 
-def test_every_config_field_survives(tmp_path):
+@pytest.mark.parametrize("other", [{}, {"neuron_ratio": None, "neuron_top_k": [7, 8, 9]}])  # one of the two at most
+def test_every_config_field_survives(tmp_path, other):
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     own = {field.name for field in dataclasses.fields(SigmaMoeConfig)} - inherited
     assert CHANGED.keys() == own, "a new field needs a value here"
-    default = SigmaMoeConfig()
-    assert not [name for name in own if getattr(default, name) == CHANGED[name]]
+    default, changed = SigmaMoeConfig(), CHANGED | other
+    same = {name for name in own if getattr(default, name) == changed[name]}
+    assert same == {"neuron_ratio" if other else "neuron_top_k"}
 
-    SigmaMoeConfig(**CHANGED).save_pretrained(tmp_path)
+    SigmaMoeConfig(**changed).save_pretrained(tmp_path)
     for loaded in (SigmaMoeConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is SigmaMoeConfig
-        assert {name: getattr(loaded, name) for name in own} == CHANGED
+        assert {name: getattr(loaded, name) for name in own} == changed
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])

@@ -107,7 +107,7 @@ def learn(model, implementation):
 def assert_same_learning(model, forwards=None):
     expected, gradients, none = learn(model, "grouped_mm")
     logits, ours, calls = learn(model, "sigma_triton")
-    layers = sum("_is_expert_parallel" in vars(module) for module in model.modules())
+    layers = sum("is_transposed" in vars(module) for module in model.modules())
     assert none == {} and layers
     assert calls == {"moe_mlp": forwards or layers, "moe_mlp_backward_": layers}
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
