@@ -2,10 +2,10 @@
 
 import argparse
 
-from . import step
+from . import decode, step
 
 
-BENCHMARKS = {"step": step}
+BENCHMARKS = {"decode": decode, "step": step}
 
 
 def main(arguments: list[str] | None = None) -> None:

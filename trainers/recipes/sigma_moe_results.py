@@ -21,12 +21,12 @@ from ..report import (
     summarise,
     write_results,
 )
+from .comparison import BITS
 from .language_model import Fit, LanguageData
 from .sigma_moe_probes import read_balance, read_switch
 
 
 logger = logging.get_logger(__name__)
-BITS = "bits/character"
 TAIL = 0.1  # balance is read off the last tenth of a run: a single batch is noise
 
 

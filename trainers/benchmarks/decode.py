@@ -1,0 +1,145 @@
+"""Time one decoded token of a MoNE: the neurons that are kept read alone, against all of them, and against the mask.
+
+The model has random weights and experts that dominate it; a step is the forward of one token of one sequence, at the
+beginning of a cache. `sigma_neurons` at the ratio computes what `masked` computes; the two dense arms are the same
+model with all its neurons on transformers' own backends. It runs on the CPU.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hf_models.moe import MoneConfig, MoneForCausalLM
+
+from ..redaction import command_line
+from ..report import collect_versions, device_name, write_text_atomically
+from .alternating_blocks import Timing, time_alternately
+
+
+WARMUP_STEPS = 3
+# Name -> (backend, whether it uses the ratio).
+ARMS = {
+    "sigma_neurons": ("sigma_neurons", True),
+    "dense_grouped_mm": ("grouped_mm", False),
+    "dense_batched_mm": ("batched_mm", False),
+    "masked_grouped_mm": ("grouped_mm", True),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """`sigma_neurons` at a ratio against another arm, on two clocks."""
+
+    ratio: float
+    baseline: str
+    process: Timing
+    wall: Timing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeReport:
+    """What `decode-<device>.json` holds."""
+
+    benchmark: str
+    command: str
+    device: str
+    versions: dict[str, str]
+    threads: int
+    dtype: str
+    shape: dict
+    blocks: int
+    steps_per_block: int
+    comparisons: list[Comparison]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--blocks", type=int, default=10, help="alternating blocks of each comparison, at least ten")
+    parser.add_argument("--steps-per-block", type=int, default=5, help="tokens of each arm in a block")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.125], help="shares of the neurons")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure a model of 16 experts of 2816 neurons, write the report, print its table."""
+    torch.set_num_threads(options.threads)
+    config = MoneConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        moe_intermediate_size=2816,
+        num_experts=8,
+        num_experts_per_tok=2,
+        scoring_func="softmax",
+        dtype=options.dtype,
+    )
+    report = measure(config, options.ratios, blocks=options.blocks, steps_per_block=options.steps_per_block)
+    options.output.mkdir(parents=True, exist_ok=True)
+    device = re.sub(r"[^a-z0-9]+", "-", report.device.lower()).strip("-")
+    path = options.output / f"decode-{report.dtype}-{device}.json"
+    write_text_atomically(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    print(f"{markdown_table(report)}\n\nWrote {path}")
+
+
+@torch.no_grad()
+def measure(config: MoneConfig, ratios: list[float], *, blocks: int, steps_per_block: int) -> DecodeReport:
+    """Time `sigma_neurons` at each ratio against every other arm, with as many threads as torch has."""
+    torch.manual_seed(0)
+    dtype = config.dtype or torch.float32
+    model = MoneForCausalLM(config).to(dtype).eval()
+    for router in model.routers:  # as it is loaded
+        router.float()
+    comparisons = []
+    for ratio in ratios:
+        arms = {name: _decoder(model, backend, ratio if sparse else 1.0) for name, (backend, sparse) in ARMS.items()}
+        for step in arms.values():
+            for _ in range(WARMUP_STEPS):
+                step()
+        ours = arms.pop("sigma_neurons")
+        for name, step in arms.items():
+            timings = time_alternately(ours, step, blocks=blocks, steps_per_block=steps_per_block)
+            comparisons.append(Comparison(ratio=ratio, baseline=name, **timings))
+    return DecodeReport(
+        benchmark="decode",
+        command=command_line(),
+        device=device_name(),
+        versions=collect_versions(),
+        threads=torch.get_num_threads(),
+        dtype=str(dtype).removeprefix("torch."),
+        shape=config.to_diff_dict(),
+        blocks=blocks,
+        steps_per_block=steps_per_block,
+        comparisons=comparisons,
+    )
+
+
+def _decoder(model: MoneForCausalLM, backend: str, ratio: float) -> Callable[[], object]:
+    ids = torch.tensor([[7]])
+
+    def step() -> None:
+        model.set_experts_implementation(backend)
+        model.set_active_neurons(ratio=ratio)
+        model(input_ids=ids, use_cache=True)
+
+    return step
+
+
+def markdown_table(report: DecodeReport) -> str:
+    """Speed-ups on the CPU's clock for one thread, on the wall for several: above 1, the neurons win."""
+    clock = "process" if report.threads == 1 else "wall"
+    lines = ["| neurons | against | times as fast | 95 % interval |", "|---|---|---:|---|"]
+    for row in report.comparisons:
+        timing: Timing = getattr(row, clock)
+        median, low, high = (1 / bound for bound in (timing.ratio.median, timing.ratio.high, timing.ratio.low))
+        lines.append(f"| {row.ratio:g} | {row.baseline} | {median:.2f} | {low:.2f} to {high:.2f} |")
+    return "\n".join(lines)
