@@ -25,7 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
 
 from model_cards.compatibility import COMMAND, CompatibilityError, compatibility_table, read_compatibility
-from model_cards.markdown import evaluation_table, fence, inline, label, number, visible
+from model_cards.markdown import fence, inline, label, measured_on, number, results_table, visible
 from model_cards.metadata import check_card
 from trainers.report import RESULTS_NAME, FigureFile, Results, ResultsError, read_results, write_text_atomically
 
@@ -174,7 +174,7 @@ def _render(path: Path, **variables: Any) -> tuple[str, str, list[str]]:
         "label": label,
         "number": number,
         "setting": _setting,
-        "table": evaluation_table,
+        "table": results_table,
         "url": _url,
     }
     try:
@@ -211,6 +211,8 @@ def _details(config: dict[str, Any], results: Results) -> list[tuple[str, str]]:
         ("Attention heads (Q / KV)", _heads(config)),
         ("Experts per layer", config.get("num_experts")),
         ("Active experts per layer", _active_experts(config)),
+        ("Active experts in training", _drawn_experts(config)),
+        ("Neurons of an active expert that a token uses", _neurons(config)),
         ("Vocabulary", config.get("vocab_size")),
         ("Context length (tokens)", config.get("max_position_embeddings")),
     ]
@@ -238,6 +240,29 @@ def _active_experts(config: dict[str, Any]) -> str | None:
     )
 
 
+def _drawn_experts(config: dict[str, Any]) -> str | None:
+    """Of a model that was trained with numbers that were drawn anew."""
+    mode = config.get("k_sampling")
+    if not mode or mode == "none":
+        return None
+    each = {"layer": "layer of each micro-batch", "micro_batch": "micro-batch", "global_batch": "optimizer step"}
+    low, high = config.get("k_min") or 1, config.get("k_max") or config.get("num_experts_per_tok")
+    return f"{low} to {high}, drawn for each {each.get(mode, mode)}"
+
+
+def _neurons(config: dict[str, Any]) -> str | None:
+    """Such as `"64 of 128"`, or a list of shares, one a layer."""
+    width, top_k, ratio = (config.get(name) for name in ("moe_intermediate_size", "neuron_top_k", "neuron_ratio"))
+    if top_k is None and ratio is None:
+        return None
+    if top_k is None and isinstance(width, int) and isinstance(ratio, (int, float)):
+        top_k = max(1, round(ratio * width))
+    if isinstance(top_k, int) and width:
+        return f"{min(top_k, width):,} of {width:,}"
+    kind, kept = ("neurons", top_k) if top_k is not None else ("share", ratio)
+    return f"{', '.join(map(str, kept))} ({kind}, one a layer)" if isinstance(kept, list) else str(kept)
+
+
 def _eval_results(results: Results, task_type: str) -> list[EvalResult]:
     return [
         EvalResult(
@@ -249,6 +274,7 @@ def _eval_results(results: Results, task_type: str) -> list[EvalResult]:
             metric_value=metric.value,
         )
         for name, metric in results.metrics.items()
+        if name not in measured_on(results)  # the Hub would take them for this model's
     ]
 
 

@@ -3,11 +3,12 @@
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
-from trainers.report import Metric
+from trainers.report import MIN_SEEDS_FOR_VERDICT, Metric, Results
 
 
 _INLINE = re.compile(r"[\\`*_\[\]|~$]")
@@ -82,16 +83,32 @@ def number(value: float, spread: float | None = None) -> str:
     return text if spread is None else f"{text} ± {spread:,.{places}f}"
 
 
-def evaluation_table(metrics: dict[str, Metric]) -> Markup:
-    """Every metric with its baselines; a baseline's verdict is that of this model against it."""
+def measured_on(results: Results) -> dict[str, str]:
+    """The metrics that are not this model's, and what they were measured on: `evidence["measured_on"]` of a
+    comparison that publishes one of several models."""
+    named = results.evidence.get("measured_on")
+    return {str(name): str(model) for name, model in named.items()} if isinstance(named, dict) else {}
+
+
+def results_table(results: Results) -> Markup:
+    """[`evaluation_table`] of everything that a run measured."""
+    return evaluation_table(results.metrics, measured_on(results))
+
+
+def evaluation_table(metrics: Mapping[str, Metric], others: Mapping[str, str] | None = None) -> Markup:
+    """Every metric with its baselines; a baseline's verdict is that of this model against it, or of the model that
+    `others` names for the metric."""
+    others = others or {}
     lines = ["| Metric | Model | Value | Runs | Verdict |", "|---|---|---|---:|---|"]
     for name, metric in metrics.items():
         arrow = {True: " ↑", False: " ↓", None: ""}[metric.higher_is_better]
-        rows = [(inline(label(name)) + arrow, Markup("**this model**"), metric)]
+        who = Markup("**") + inline(others[name]) + "**" if name in others else Markup("**this model**")
+        rows = [(inline(label(name)) + arrow, who, metric)]
         rows += [(Markup(""), inline(other), baseline) for other, baseline in metric.baseline.items()]
         for title, who, row in rows:
             value = f"{number(row.value, row.spread)} {inline(row.unit or metric.unit)}".rstrip()
-            lines.append(f"| {title} | {who} | {value} | {row.n} | {_VERDICTS[row.verdict]} |")
+            said = _VERDICTS[row.verdict] if row.n >= MIN_SEEDS_FOR_VERDICT else ""  # fewer have none
+            lines.append(f"| {title} | {who} | {value} | {row.n} | {said} |")
     notes = [(label(name), metric.note) for name, metric in metrics.items() if metric.note]
     notes += [
         (f"{label(name)}, {other}", baseline.note)

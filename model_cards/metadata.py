@@ -8,7 +8,7 @@ from urllib.parse import unquote
 import yaml
 from huggingface_hub import ModelCard
 
-from model_cards.markdown import evaluation_table, split_fences
+from model_cards.markdown import measured_on, results_table, split_fences
 from trainers.report import Results
 
 
@@ -60,7 +60,7 @@ def check_card(text: str, results: Results, root: str | Path) -> list[str]:
     root = Path(root)
     prose, blocks = split_fences(text)
     problems = _check_metadata(text, results)
-    if evaluation_table(results.metrics) not in text:
+    if results_table(results) not in text:
         problems.append("evaluation: the table is not the one that results.json renders; build the card again")
     problems += [f"template phrase left in the text: {phrase!r}" for phrase in sorted(set(_LEFTOVER.findall(prose)))]
     problems += _check_links(_HEADER.sub("", prose), root)
@@ -104,18 +104,21 @@ def _check_metadata(text: str, results: Results) -> list[str]:
 
 
 def _check_model_index(card: ModelCard, results: Results) -> list[str]:
-    problems = []
+    problems, others = [], measured_on(results)
     entries = card.data.eval_results or []
     for entry in entries:
         metric = results.metrics.get(entry.metric_type)
-        if metric is None:
+        if entry.metric_type in others:
+            problems.append(f"model-index: `{entry.metric_type}` was measured on {others[entry.metric_type]!r}")
+        elif metric is None:
             problems.append(f"model-index: `{entry.metric_type}` is not in results.json")
         elif entry.metric_value != metric.value:
             problems.append(
                 f"model-index: `{entry.metric_type}` is {entry.metric_value}, results.json says {metric.value}"
             )
     listed = {entry.metric_type for entry in entries}
-    problems += [f"model-index: `{name}` of results.json is missing" for name in results.metrics if name not in listed]
+    expected = [name for name in results.metrics if name not in others]
+    problems += [f"model-index: `{name}` of results.json is missing" for name in expected if name not in listed]
     return problems
 
 

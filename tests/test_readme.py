@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
+from hf_models.moe.elastic import experts_in_force
+from hf_models.moe.growth import GrowthPlan, grow_model
 from trainers.data import train_tokenizer
 from trainers.report import read_results
 
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOAD, TRAIN, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOAD, TRAIN, MONE, M_MOE, GROWTH, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_load_example_generates(tmp_path, monkeypatch, capsys):
@@ -44,6 +46,47 @@ def test_the_trainer_example_trains(tmp_path, monkeypatch):
     trainer.train()
     assert (tmp_path / "runs" / "mine" / "logs" / "balance.jsonl").read_text().count("\n") == 5 * 6
     assert trainer.model.config.top_k_per_layer == [1] * 6
+
+
+TINY = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+
+
+def tiny_sigma_moe() -> SigmaMoeForCausalLM:
+    fields = {"vocab_size": 50, "num_experts_per_tok": 4, "eos_token_id": None, "scoring_func": "softmax"}
+    return SigmaMoeForCausalLM(SigmaMoeConfig.from_preset("demo", **TINY | fields)).eval()
+
+
+@torch.no_grad()
+def test_the_neurons_example_leaves_neurons_out_and_no_weight_changes(tmp_path, monkeypatch):
+    model, ids = tiny_sigma_moe(), torch.arange(5)[None]
+    model.save_pretrained(tmp_path / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    names = {"ids": ids}
+    exec(compile(MONE, "README", "exec"), names)
+    mone = names["mone"]
+    assert not torch.allclose(names["logits"], mone(ids).logits) and mone.config.neuron_ratio == 0.5
+    mone.set_active_neurons(ratio=1.0)
+    assert torch.equal(mone(ids).logits, model(ids).logits)
+
+
+def test_the_dial_example_turns_ours_and_others():
+    shape = TINY | {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "vocab_size": 50}
+    for model in (tiny_sigma_moe(), Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape)).eval()):
+        names = {"model": model, "ids": torch.arange(5)[None]}
+        exec(compile(M_MOE, "README", "exec"), names)
+        assert names["model"] is model and experts_in_force(model) == [3, 1]
+        assert names["tokens"].shape == (1, 13)
+
+
+@torch.no_grad()
+def test_the_growth_example_grows_and_the_exact_ways_are_exact():
+    model, ids = tiny_sigma_moe(), torch.arange(5)[None]
+    names = {"model": model}
+    exec(compile(GROWTH, "README", "exec"), names)
+    assert names["grown"].config.num_hidden_layers == 4 and names["grown"].config.num_experts == 64
+    for exact in ({"width_factor": 2, "noise_alpha": 0.0}, {"depth_factor": 2, "depth_copy_init": "zero_output"}):
+        grown = grow_model(model, GrowthPlan(**exact))
+        torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_the_experts_example_switches_and_computes():

@@ -70,6 +70,17 @@ class MoneConfig(SigmaMoeConfig):
             self._mirror(self.host_config)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # What a host decides is overridden there; here it would be mirrored away.
+        if host := config_dict.get("host_config"):
+            own = (*_MIRRORED, "num_experts_per_tok", "num_experts_per_tok_per_layer")
+            moved = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+            if "num_experts_per_tok" in moved:
+                moved.setdefault("num_experts_per_tok_per_layer", None)
+            config_dict = {**config_dict, "host_config": {**host, **moved}}
+        return super().from_dict(config_dict, **kwargs)
+
     def _mirror(self, host: PreTrainedConfig) -> None:
         for field in _MIRRORED:
             if hasattr(host, field):

@@ -131,7 +131,7 @@ class MoneForCausalLM(SigmaMoeForCausalLM, GenerationMixin):
 
         Raises:
             TypeError: a model wrapped by PEFT or another library.
-            ValueError: another architecture, experts with biases or another activation scheme than a gate's.
+            ValueError: another architecture or activation; a quantised model, or one that is not on one device.
         """
         if isinstance(model, (str, Path)):
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
@@ -144,6 +144,12 @@ class MoneForCausalLM(SigmaMoeForCausalLM, GenerationMixin):
             )
         if getattr(model, "_hf_peft_config_loaded", False):
             raise TypeError(f"{type(model).__name__} has adapters. Merge or remove them first.")
+        devices = {tensor.device for tensor in model.parameters()}
+        if getattr(model, "is_quantized", False) or len(devices) > 1 or torch.device("meta") in devices:
+            raise ValueError(
+                f"{type(model).__name__} is quantised, or on {sorted(map(str, devices))}. Load it unquantised on one "
+                "device; what comes out can be saved, and loaded with any device_map."
+            )
         given = {"neuron_ratio": neuron_ratio, "neuron_top_k": neuron_top_k} | (config_overrides or {})
         if isinstance(model.config, SigmaMoeConfig):
             fields = model.config.to_dict()

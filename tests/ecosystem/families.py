@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 import hf_models  # noqa: F401  (registers the families)
-from hf_models.moe import SigmaMoeConfig
+from hf_models.moe import MMoeConfig, MoneConfig, SigmaMoeConfig
+from trainers.callbacks import MatryoshkaExpertsCallback, ProgressiveSparsificationCallback
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class CausalLM(Family):
     Args:
         config: a tiny configuration, its fields overridden by keyword; every kind of layer that the family has.
         smaller: fields of a still smaller model with the same vocabulary, the assistant of assisted generation.
+        schedule: a new callback that sets the active experts while the family trains, for a number of layers.
+        logged: what it logs in each of six steps.
         sliding_window: fields that give it a window of a few tokens; None if the family has none.
         attention: names of the attention's linear layers, as LoRA's `target_modules`.
         experts: names of the 3-D expert parameters, as LoRA's `target_parameters`.
@@ -33,6 +36,8 @@ class CausalLM(Family):
 
     config: Callable[..., PreTrainedConfig]
     smaller: dict[str, Any]
+    schedule: Callable[[int], TrainerCallback]
+    logged: dict[str, list[float]]
     sliding_window: dict[str, Any] | None = None
     attention: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
     experts: list[str] = field(default_factory=lambda: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
@@ -44,8 +49,9 @@ class CausalLM(Family):
         return AutoModelForCausalLM.from_config(self.config(**overrides)).eval()
 
 
-def sigma_moe_config(**overrides: Any) -> SigmaMoeConfig:
-    fields = {
+def fields_of(**overrides: Any) -> dict[str, Any]:
+    """Fields that the families on Sigma-MoE's trunk share."""
+    return {
         "vocab_size": 40,
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -61,15 +67,51 @@ def sigma_moe_config(**overrides: Any) -> SigmaMoeConfig:
         "router_aux_loss_coef": 0.05,
         "router_z_loss_coef": 0.01,
         "pad_token_id": 0,
-    }
-    return SigmaMoeConfig(**fields | overrides)
+    } | overrides
 
 
+def sigma_moe_config(**overrides: Any) -> SigmaMoeConfig:
+    return SigmaMoeConfig(**fields_of(**overrides))
+
+
+def mone_config(**overrides: Any) -> MoneConfig:
+    return MoneConfig(**fields_of(neuron_ratio=0.5, neuron_aux_loss_coef=0.05) | overrides)
+
+
+def m_moe_config(**overrides: Any) -> MMoeConfig:
+    return MMoeConfig(**fields_of(k_min=1, k_max=4) | overrides)
+
+
+def two_stages(layers: int) -> ProgressiveSparsificationCallback:
+    return ProgressiveSparsificationCallback([(0, [2] * layers), (3, 1)])
+
+
+SMALLER = {"num_hidden_layers": 1, "num_experts_per_tok_per_layer": [1], "hidden_size": 16}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5}
+STAGES = {"moe/stage": [0, 0, 0, 1, 1, 1]}
 CAUSAL_LMS = [
     CausalLM(
         method="sigma_moe",
         config=sigma_moe_config,
-        smaller={"num_hidden_layers": 1, "num_experts_per_tok_per_layer": [1], "hidden_size": 16},
-        sliding_window={"use_sliding_window": True, "sliding_window": 5},
-    )
+        smaller=SMALLER,
+        schedule=two_stages,
+        logged=STAGES,
+        sliding_window=WINDOW,
+    ),
+    CausalLM(
+        method="mone",
+        config=mone_config,
+        smaller=SMALLER,
+        schedule=two_stages,
+        logged=STAGES,
+        sliding_window=WINDOW,
+    ),
+    CausalLM(
+        method="m_moe",
+        config=m_moe_config,
+        smaller=SMALLER,
+        schedule=lambda layers: MatryoshkaExpertsCallback(),
+        logged={"moe/expected_k": [2.5] * 6},  # of 1 to 4
+        sliding_window=WINDOW,
+    ),
 ]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from trainers.callbacks import ExpertBalanceCallback, ProgressiveSparsificationCallback, install_callbacks
+from trainers.callbacks import ExpertBalanceCallback, install_callbacks
 
 
 ROWS = torch.randint(2, 40, (8, 12), generator=torch.Generator().manual_seed(0))
@@ -41,8 +41,7 @@ def test_tensorboard_shows_all_that_was_logged(family, tmp_path):
     pytest.importorskip("tensorboard", reason="needs tensorboard, which is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    layers = family.config().num_hidden_layers
-    callbacks = ProgressiveSparsificationCallback([(0, [2] * layers), (3, 1)]), ExpertBalanceCallback()
+    callbacks = family.schedule(family.config().num_hidden_layers), ExpertBalanceCallback()
     options = {"report_to": "tensorboard", "eval_strategy": "steps", "eval_steps": 3}
     trainer = train(family.model(), tmp_path, *callbacks, **options)
 
@@ -56,7 +55,8 @@ def test_tensorboard_shows_all_that_was_logged(family, tmp_path):
     accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
     shown = {(tag, s.step): s.value for tag in accumulator.Tags()["scalars"] for s in accumulator.Scalars(tag)}
     assert shown == pytest.approx(expected, rel=1e-6)
-    assert [shown["train/moe/stage", step] for step in range(1, 7)] == [0, 0, 0, 1, 1, 1]
+    for name, values in family.logged.items():
+        assert [shown[f"train/{name}", step] for step in range(1, 7)] == values
     assert {("train/moe/max_violation", 6), ("train/loss", 6), ("eval/loss", 3)} <= set(shown)
 
 

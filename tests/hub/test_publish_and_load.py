@@ -210,6 +210,9 @@ for auto_class in sys.argv[5:]:
         greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
         tensors["greedy"] = model.generate(**inputs, **greedy)
         tensors["beams"] = model.generate(**inputs, num_beams=3, **greedy)
+        tensors["one expert"] = model.generate(**inputs, num_active_experts=1, **greedy)
+        with torch.no_grad(), model.active_experts(2), model.active_neurons(ratio=0.25):
+            tensors["fewer neurons"] = model(**inputs)[0]
         loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()
         tensors["training loss"] = loss.detach()
@@ -227,37 +230,42 @@ with open(out + ".json", "w") as file:
 """
 
 
-def stranger_sees(hub, repo, python, folder):
+def stranger_sees(hub, repo, python, folder, heads=HEADS):
     """What `AS_A_STRANGER` reports of the head of `repo`, and the tensors that it computed."""
     (folder / "bare").mkdir(parents=True)
-    arguments = [repo, PROMPT, folder / "out", hub.commits(repo)[0].oid, *HEADS]
+    arguments = [repo, PROMPT, folder / "out", hub.commits(repo)[0].oid, *heads]
     bare = bare_python(folder / "bare", python)
     loaded_elsewhere(hub, AS_A_STRANGER, *arguments, home=folder / "home", python=bare)
     return json.loads((folder / "out.json").read_text()), torch.load(folder / "out.pt", weights_only=True)
 
 
-def package_computes(run):
+def package_computes(run, heads=HEADS):
     """The same as the stranger's tensors, by the classes of this package."""
     inputs = AutoTokenizer.from_pretrained(run)(PROMPT, return_tensors="pt")
-    model = SigmaMoeForCausalLM.from_pretrained(run).eval()
+    model = heads["AutoModelForCausalLM"].from_pretrained(run).eval()
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     with torch.no_grad():
-        tensors = {"AutoModelForCausalLM": model(**inputs)[0], "AutoModel": model.model(**inputs)[0]}
+        tensors = {"AutoModelForCausalLM": model(**inputs)[0]}
+        if "AutoModel" in heads:
+            tensors["AutoModel"] = model.model(**inputs)[0]
+        with model.active_experts(2), model.active_neurons(ratio=0.25):
+            tensors["fewer neurons"] = model(**inputs)[0]
     tensors |= {"greedy": model.generate(**inputs, **greedy), "beams": model.generate(**inputs, num_beams=3, **greedy)}
+    tensors["one expert"] = model.generate(**inputs, num_active_experts=1, **greedy)
     tensors["training loss"] = model.train()(**inputs, labels=inputs["input_ids"]).loss.detach()
     return tensors
 
 
-def assert_alike(report, tensors, run):
+def assert_alike(report, tensors, run, heads=HEADS, top_k=(3, 1, 2)):
     """What a stranger sees is what a user of the package sees."""
-    expected = package_computes(run)
+    expected, written = package_computes(run, heads), {"greedy", "beams", "one expert"}
     assert tensors.keys() == expected.keys()
-    for name in ("greedy", "beams"):
+    for name in written:
         assert torch.equal(tensors[name], expected[name]), name
-    for name in expected.keys() - {"greedy", "beams"}:
+    for name in expected.keys() - written:
         torch.testing.assert_close(tensors[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
-    assert report["config"] == "SigmaMoeConfig"
-    for auto_class, model_class in HEADS.items():
+    assert report["config"] == heads["AutoModelForCausalLM"].config_class.__name__
+    for auto_class, model_class in heads.items():
         seen, ours = report[auto_class], model_class.from_pretrained(run)
         assert "trust_remote_code=True" in seen["untrusted"]
         assert seen["from"] == "transformers_modules" and seen["is its config"] is True
@@ -267,14 +275,14 @@ def assert_alike(report, tensors, run):
         assert bool(seen["missing"]) == ("Classification" in auto_class)
         assert (seen["attention"], seen["experts"]) == ("sdpa", "grouped_mm")
         assert (ours.config._attn_implementation, ours.config._experts_implementation) == ("sdpa", "grouped_mm")
-        assert seen["top_k"] == [router.top_k for router in ours.routers] == [3, 1, 2]
+        assert seen["top_k"] == [router.top_k for router in ours.routers] == list(top_k)
         for backend in ("eager", "batched_mm", "grouped_mm"):
             assert seen[backend] == [backend, True]
         assert seen["eager attention"] is True
     seen = report["AutoModelForCausalLM"]
     assert seen["again"] == 2
     with pytest.raises(ValueError) as refusal:
-        SigmaMoeForCausalLM.from_pretrained(run).set_experts_per_token(99)
+        heads["AutoModelForCausalLM"].from_pretrained(run).set_experts_per_token(99)
     assert seen["refused"] == str(refusal.value)
 
 

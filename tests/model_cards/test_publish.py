@@ -23,6 +23,7 @@ EXPECTED = {
     *("results.json", "config.json", "generation_config.json", "figures/bits.png"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("configuration_sigma_moe.py", "modeling_sigma_moe.py", "balance.py", "routing_losses.py"),
+    *("elastic.py", "neurons.py"),
 }
 
 

@@ -1,5 +1,6 @@
 """Sigma-MoE under transformers' common tests."""
 
+import inspect
 import unittest
 from unittest import mock
 
@@ -29,11 +30,22 @@ class SigmaMoeTester(CausalLMTester):
     }
 
 
-class SigmaMoeTest(CausalLMSuite, unittest.TestCase):
-    model_tester_class = SigmaMoeTester
+class SigmaMoeSuite(CausalLMSuite):
+    """The common tests for a family on Sigma-MoE's trunk."""
 
     def test_reverse_loading_mapping(self):
         # The test saves with the default, which transformers has as per-expert names and we as fused tensors; what it
         # judges is the mapping to per-expert names.
         with mock.patch.object(SigmaMoePreTrainedModel, "save_pretrained", PreTrainedModel.save_pretrained):
             super().test_reverse_loading_mapping()
+
+    def test_moe_models_record_router_logits(self):
+        # The test takes a model for one with experts if its file has this decorator; ours inherit decorated experts.
+        source = inspect.getsource
+        decorated = mock.patch("inspect.getsource", lambda module: f"{source(module)}\n# @use_experts_implementation")
+        with decorated:
+            super().test_moe_models_record_router_logits()
+
+
+class SigmaMoeTest(SigmaMoeSuite, unittest.TestCase):
+    model_tester_class = SigmaMoeTester

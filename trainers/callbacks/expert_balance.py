@@ -98,12 +98,12 @@ class ExpertBalanceCallback(TrainerCallback):
         }
         records = []
         for layer, router in enumerate(routed.routers):
-            bias = router.e_score_correction_bias
+            bias = getattr(router, "e_score_correction_bias", None)  # a host of MoNE may have none
             # What was routed, not what the router holds: M-MoE changes k from micro-batch to micro-batch.
             top_k = (summary["counts"][layer].sum() / summary["tokens"][layer].clamp_min(1.0)).item()
             record = {"step": state.global_step, "layer": layer, "top_k": int(top_k) if top_k % 1 == 0 else top_k}
             record |= {field: round(summary[field][layer].item(), 6) for field in RECORDED}
-            record["bias_spread"] = round((bias.max() - bias.min()).item(), 6)
+            record["bias_spread"] = 0.0 if bias is None else round((bias.max() - bias.min()).item(), 6)
             if self.record_vectors:
                 record |= {field: summary[field][layer].tolist() for field in ("f", "p")}
             records.append(record)

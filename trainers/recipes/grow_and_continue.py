@@ -39,7 +39,7 @@ from hf_models.moe.growth import GrowthPlan, grow_config, grow_model
 from hf_models.moe.growth_advice import advise, chinchilla_flops, norm_profile, recommend
 
 from ..callbacks import ExpertBalanceCallback
-from ..figures import comparison_figure, loss_figure
+from ..figures import comparison_figure, elastic_figure
 from ..redaction import command_line
 from ..report import FigureFile, Metric, Results, collect_versions, device_name, summarise, write_results
 from .arguments import DataArguments, parse_arguments, training_arguments_of
@@ -120,7 +120,7 @@ PRESETS = {
     "evidence": SMALL_RUN
     | CONSTANT
     | {
-        "arms": [*PLANS],
+        "arms": ["interposition", "stack", "scratch_depth", "width", "scratch_width", "continued"],
         "seeds": [0, 1, 2],
         "learning_rates": [2e-3],  # one constant rate for everything that grows, as in the paper's studies
         "tokenizer_vocab_size": 1024,
@@ -414,18 +414,15 @@ def _figures(base: Comparison, comparison: Comparison, sweep: Comparison, args: 
         curves = {}
         for budget, label in (("", "extra FLOPs fixed"), ("_total", "total FLOPs fixed")):
             values = [_summary(sweep, f"interposition{budget}@{at}").value for at in args.sweep]
-            curves[label] = (steps, [*values, _summary(comparison, "interposition").value])
-        loss_figure(
+            curves[label] = list(zip(steps, [*values, _summary(comparison, "interposition").value]))
+        elastic_figure(
             curves, figures / "sweep.png", x_label="steps of the base before growth", y_label=f"held-out {BITS}"
         )
         made.append(FigureFile(path="figures/sweep.png", caption="Loss against the point of growth."))
     norms = {"base": base.folders("base")[0]}
     norms |= {arm: comparison.folders(arm)[0] for arm in ("interposition", "stack") if arm in comparison.fits}
-    curves = {}
-    for name, folder in norms.items():
-        profile = norm_profile(folder)
-        curves[name] = ([row.layer / (len(profile) - 1) for row in profile], [row.norm for row in profile])
-    loss_figure(curves, figures / "norms.png", x_label="relative depth", y_label="root mean square of expert weights")
+    profiles = {name: [(row.layer, row.norm) for row in norm_profile(folder)] for name, folder in norms.items()}
+    elastic_figure(profiles, figures / "norms.png", x_label="layer", y_label="root mean square of expert weights")
     made.append(FigureFile(path="figures/norms.png", caption="Weight norms of the experts, first seed, at the end."))
     return made
 

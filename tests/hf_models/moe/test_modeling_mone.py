@@ -341,6 +341,23 @@ def test_embeddings_of_a_host_are_resized_and_come_back(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits.shape[-1] == 70
 
 
+def test_what_a_host_decides_can_be_overridden_at_load_time(tmp_path):
+    mone = MoneForCausalLM.from_moe(host("olmoe"), neuron_ratio=0.5)
+    mone.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=1, use_cache=False)
+    assert [router.top_k for router in loaded.routers] == [1, 1]
+    assert loaded.config.num_experts_per_tok == 1 and loaded.config.host_config.use_cache is False
+    mone.set_active_experts(1)
+    assert torch.equal(logits(loaded), logits(mone))
+
+
+def test_a_model_on_no_device_is_refused():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["olmoe"])
+    with pytest.raises(ValueError, match="Load it unquantised on one"):
+        MoneForCausalLM.from_moe(model)
+
+
 @pytest.mark.parametrize("name", ["sigma_moe", "olmoe"])
 def test_lora_on_the_3d_experts_trains(name):
     mone = MoneForCausalLM.from_moe(host(name), neuron_ratio=0.5)
