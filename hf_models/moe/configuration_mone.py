@@ -26,6 +26,7 @@ _MIRRORED = (
     "bos_token_id",
     "eos_token_id",
 )
+HOST_DECIDES = (*_MIRRORED, "num_experts_per_tok", "num_experts_per_tok_per_layer")
 
 
 @strict
@@ -74,8 +75,7 @@ class MoneConfig(SigmaMoeConfig):
     def from_dict(cls, config_dict, **kwargs):
         # What a host decides is overridden there; here it would be mirrored away.
         if host := config_dict.get("host_config"):
-            own = (*_MIRRORED, "num_experts_per_tok", "num_experts_per_tok_per_layer")
-            moved = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+            moved = {name: kwargs.pop(name) for name in list(kwargs) if name in HOST_DECIDES}
             if "num_experts_per_tok" in moved:
                 moved.setdefault("num_experts_per_tok_per_layer", None)
             config_dict = {**config_dict, "host_config": {**host, **moved}}
@@ -89,6 +89,16 @@ class MoneConfig(SigmaMoeConfig):
         self.num_experts_per_tok = getattr(host, "num_experts_per_tok", None) or 1
         self.num_experts_per_tok_per_layer = None
         self.moe_intermediate_size = getattr(host, "moe_intermediate_size", None) or host.intermediate_size
+
+    def validate_host(self):
+        """A host's routers are its own: what acts inside ours cannot act there."""
+        if self.host_config is None:
+            return
+        if self.aux_k != "sampled" or self.expert_bias_update_rate:
+            raise ValueError(
+                f"aux_k={self.aux_k!r} and expert_bias_update_rate={self.expert_bias_update_rate} act inside "
+                "Sigma-MoE's routers; with host_config they must be 'sampled' and 0."
+            )
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The host's configuration, by which caches and embeddings are made; without a host, this one."""

@@ -71,7 +71,9 @@ def sigma_neurons_experts_forward(
     """
     decodes = not self.training and not torch.is_grad_enabled() and top_k_index.numel() <= MAX_DECODED_PAIRS
     supported = getattr(self, "selects_neurons", False) and self.neuron_select_on != "abs_product"
-    if decodes and supported:
+    supported = supported and isinstance(self.act_fn, (nn.SiLU, SiLUActivation))
+    whole = supported and self.down_proj.shape[-1] == self.neuron_width  # a shard is refused where it is masked
+    if decodes and whole:
         try:
             from sigma_kernels import neuron_topk_mlp, transposed_weight
         except ImportError as error:

@@ -48,6 +48,8 @@ from .checkpoint_files import (
     vacant_destination,
     write_json,
 )
+from .elastic import PER_LAYER, experts_in_force
+from .elastic_hosts import WrappedMoe
 from .growth_config import OUR_MODEL_TYPES, expert_count, grow_config, read_config, what_changes_the_function
 from .growth_drift import available_memory, logit_drift
 from .growth_plan import CHOICES, NOISE_TARGETS, GrowthPlan, layer_order
@@ -148,6 +150,13 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     devices = {tensor.device for tensor in model.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         raise ValueError(f"The model is on {sorted(map(str, devices))}. Load it on one device, or grow its files.")
+    if isinstance(model, WrappedMoe):
+        raise ValueError(f"{type(model).__name__} is wrapped by wrap_moe. Grow the model first, then wrap the result.")
+    if _has_dial(model):
+        raise ValueError(
+            f"The layers of {type(model).__name__} use {experts_in_force(model)} experts, which its own config cannot "
+            "say. Call set_active_experts(model, k) with one number, grow, and set them again."
+        )
     grown_config = grow_config(model.config, plan)
     _warn(what_changes_the_function(model.config, plan))
     state_dict = grow_state_dict(model.state_dict(), TensorGrowth(model.config, plan))
@@ -159,6 +168,11 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
     if model.can_generate():
         grown.generation_config = copy.deepcopy(model.generation_config)
     return grown.train(model.training)
+
+
+def _has_dial(model: PreTrainedModel) -> bool:
+    """Whether a model of transformers was given numbers of experts per layer, which it does not read when built."""
+    return model.config.model_type not in OUR_MODEL_TYPES and hasattr(model.config, PER_LAYER)
 
 
 def grow_optimizer_state(

@@ -103,6 +103,12 @@ def what_changes_the_function(config: PreTrainedConfig, plan: GrowthPlan) -> lis
 
 def _what_routing_changes(config: PreTrainedConfig, plan: GrowthPlan) -> list[str]:
     reasons = []
+    if config.model_type in OUR_MODEL_TYPES and config.k_sampling != "none" and config.norm_topk_prob:
+        if config.k_range[0] == 1 < config.k_range[1]:
+            reasons.append(
+                "k_min=1: one expert is weighed by its raw score, several by shares of 1, so that at one of the two "
+                "ends of the range the weights become others (at num_experts_per_tok they are kept)"
+            )
     if plan.topk_policy == "keep":
         reasons.append("topk_policy='keep': copies compete with originals for the same places ('scale' avoids it)")
     elif plan.router_scale_fix == "none" and (_router_scale_changes(config, plan) or _mixes_top_1(config)):

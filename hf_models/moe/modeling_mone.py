@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .balance import RoutingWindow
-from .configuration_mone import MoneConfig
+from .configuration_mone import HOST_DECIDES, MoneConfig
 from .configuration_sigma_moe import SigmaMoeConfig
 from .elastic import apply_experts_of_config, captured_routing, routers_of
 from .modeling_sigma_moe import (
@@ -25,7 +25,7 @@ from .modeling_sigma_moe import (
     SigmaMoeModel,
     register_expert_layouts,
 )
-from .neurons import idle_neuron_parameters, neuron_sparse
+from .neurons import BACKENDS, idle_neuron_parameters, neuron_sparse
 
 
 # Hosts whose language model is `model` and `lm_head` and nothing else (no scaling, no softcap), with SwiGLU networks.
@@ -158,6 +158,8 @@ class MoneForCausalLM(SigmaMoeForCausalLM, GenerationMixin):
             config = MoneConfig(**fields | given)
         else:
             _require_host(model.config)
+            if theirs := sorted(set(given) & set(HOST_DECIDES)):
+                raise ValueError(f"config_overrides has {theirs}, which the host decides. Change the host first.")
             config = MoneConfig(**{"host_config": model.config.to_dict()} | _balance_of_host(model.config) | given)
         config.dtype = model.dtype
         with torch.device("meta"):
@@ -169,6 +171,8 @@ class MoneForCausalLM(SigmaMoeForCausalLM, GenerationMixin):
             owner, _, leaf = name.rpartition(".")
             owners[owner]._buffers[leaf] = buffer
         mone.tie_weights()
+        if mone.routers and model.config._experts_implementation in BACKENDS:
+            mone.set_experts_implementation(model.config._experts_implementation)
         mone.generation_config = model.generation_config
         return mone.eval()
 

@@ -52,9 +52,10 @@ def neuron_scores(gate: torch.Tensor, up: torch.Tensor, activated: torch.Tensor,
 
 
 def top_neurons(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Mask `(..., d)` of exactly `top_k` largest `scores`; among equal ones the lowest indices."""
+    """Mask `(..., d)` of exactly `top_k` largest `scores`; among equal ones the lowest indices. NaN is kept, however
+    many there are: a run that diverges must show it."""
     smallest = scores.topk(top_k, dim=-1).values[..., -1:]
-    above = scores > smallest
+    above = (scores > smallest) | scores.isnan()
     tied = scores == smallest
     vacant = top_k - above.sum(dim=-1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=-1) <= vacant))
@@ -306,16 +307,21 @@ class ElasticNeurons:
     ) -> None:
         """Keep a share or a number of the neurons of each expert, one for all layers or one per layer; neither: all.
 
-        Takes effect with the next forward; `save_pretrained` writes what is in force. Raises `ValueError` as the
-        config does.
+        Takes effect with the next forward; `save_pretrained` writes what is in force. Raises `ValueError` for what the
+        config would not take; nothing has changed then.
         """
+        # None would be read as MoNE's default when it is loaded.
+        self._put_neurons(1.0 if ratio is None and top_k is None else ratio, top_k)
+
+    def _put_neurons(self, ratio: float | list[float] | None, top_k: int | list[int] | None) -> None:
         before = (self.config.neuron_ratio, self.config.neuron_top_k)
-        self.config.neuron_ratio, self.config.neuron_top_k = ratio, top_k
         try:
+            self.config.neuron_ratio, self.config.neuron_top_k = None, None
+            self.config.neuron_ratio, self.config.neuron_top_k = ratio, top_k
             self.config.validate_neurons()
-        except ValueError:
+        except Exception as error:
             self.config.neuron_ratio, self.config.neuron_top_k = before
-            raise
+            raise ValueError(f"ratio={ratio} or top_k={top_k} is not possible: {error}") from error
         for network in neuron_networks(self):
             network.choose_neurons(self.config, network.neuron_layer)
 
@@ -324,12 +330,12 @@ class ElasticNeurons:
         self, *, ratio: float | list[float] | None = None, top_k: int | list[int] | None = None
     ) -> Iterator[None]:
         """[`set_active_neurons`] for the forwards inside."""
-        before = {"ratio": self.config.neuron_ratio, "top_k": self.config.neuron_top_k}
+        before = (self.config.neuron_ratio, self.config.neuron_top_k)
         self.set_active_neurons(ratio=ratio, top_k=top_k)
         try:
             yield
         finally:
-            self.set_active_neurons(**before)
+            self._put_neurons(*before)
 
 
 def idle_neuron_parameters(model: nn.Module) -> int:

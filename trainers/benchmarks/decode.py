@@ -2,7 +2,8 @@
 
 The model has random weights and experts that dominate it; a step is the forward of one token of one sequence, at the
 beginning of a cache. `sigma_neurons` at the ratio computes what `masked` computes; the two dense arms are the same
-model with all its neurons on transformers' own backends. It runs on the CPU.
+model with all its neurons on transformers' own backends. Setting backend and ratio is in every step. It runs on the
+CPU.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure a model of 16 experts of 2816 neurons, write the report, print its table."""
+    """Measure a model of 8 experts of 2816 neurons, two of them active, write the report, print its table."""
     torch.set_num_threads(options.threads)
     config = MoneConfig(
         vocab_size=1024,

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..data import load_tokenizer
 from ..report import Metric, Results, summarise, verdict, write_text_atomically
@@ -45,6 +46,12 @@ class ComparisonArguments:
     note: str = dataclasses.field(
         default="", metadata={"help": "What was changed after results were seen, for the record."}
     )
+
+
+def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What another config class of the family takes from `config`: everything but what says which model it is."""
+    ignored = ("model_type", "auto_map", "architectures", "transformers_version")
+    return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +142,13 @@ def compare_arms(
 def run_jobs(
     jobs: Sequence[Job], workers: int, base: TrainingArguments, data: LanguageData, build: Build
 ) -> dict[Job, Fit]:
-    """Run what is missing, `workers` at a time."""
+    """Run what is missing, `workers` at a time. `ValueError` for workers below several ranks: each would start its
+    own."""
+    if workers and base.world_size > 1:
+        raise ValueError(
+            f"workers={workers} with {base.world_size} processes: give --workers 0, and all of them train one run "
+            "after the other."
+        )
     if not workers:
         return {job: run_job(job, base, data, build) for job in jobs}
     save_data(data, Path(base.output_dir))
@@ -158,9 +171,12 @@ def run_job(job: Job, base: TrainingArguments, data: LanguageData, build: Build)
         learning_rate=job.learning_rate,
         max_steps=job.steps,
         data_seed=job.data_seed,
+        resume_from_checkpoint=None,  # each run goes on from its own checkpoints
     )
     model, callbacks = build(job, data)
-    return fit(job.arm, model, data, args, callbacks)
+    result = fit(job.arm, model, data, args, callbacks)
+    PartialState().wait_for_everyone()  # others may load what the first rank has saved
+    return result
 
 
 def best_learning_rate(arm: str, trials: dict[Job, Fit]) -> float:

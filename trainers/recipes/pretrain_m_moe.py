@@ -40,6 +40,7 @@ from .comparison import (
     Job,
     against_baselines,
     compare_arms,
+    fields_of,
     plan_of,
     print_metrics,
     publish_first_run,
@@ -142,9 +143,7 @@ def fixed_k(arm: str) -> int | None:
 
 def arm_config(arm: str, config: SigmaMoeConfig, args: MMoeArguments) -> SigmaMoeConfig:
     """Configuration of an arm on the trunk that `config` describes."""
-    fields = config.to_dict()
-    for name in ("model_type", "auto_map", "architectures", "transformers_version"):
-        fields.pop(name, None)
+    fields = fields_of(config)
     fields["num_experts_per_tok_per_layer"] = None
     if (k := fixed_k(arm)) is not None:
         fields |= {"k_sampling": "none", "k_min": None, "k_max": None}  # of a base that was trained with draws
@@ -191,7 +190,8 @@ def pretrain(
     data = prepare_language_data(data_args, training_args)
     config = model_config(args, data, data_args.sequence_length)
     if args.init_from is not None:
-        config = SigmaMoeConfig.from_pretrained(args.init_from)
+        given = {} if args.router_aux_loss_coef is None else {"router_aux_loss_coef": args.router_aux_loss_coef}
+        config = SigmaMoeConfig.from_pretrained(args.init_from, **given)
     require_measurable(comparison_args.arms, config, args)
     build = partial(build_arm, config=config, args=args)
     comparison = compare_arms(comparison_args, training_args, data, build, comparison_args.arms)
@@ -250,12 +250,30 @@ def _curves(
     batch_size = training_args.per_device_eval_batch_size
     curves = {}
     for arm in comparison.fits:
-        models = map(AutoModelForCausalLM.from_pretrained, comparison.folders(arm))
-        curves[arm] = [
-            evaluate_elastic(model, data.validation, data.tokenizer, args.evaluate_at, batch_size=batch_size)
-            for model in models
-        ]
+        curves[arm] = []
+        for folder in comparison.folders(arm):
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            measure = partial(evaluate_elastic, model, data.validation, data.tokenizer, batch_size=batch_size)
+            curve = measure(args.evaluate_at)
+            if (fixed_k(arm) or 1) > 1 and 1 in args.evaluate_at:
+                # With one expert the family weighs it by its score; a model that was trained with several, and knows
+                # weights that add up to 1, gets whichever suits it better.
+                handles = [router.register_forward_hook(_with_weight_one) for router in model.routers]
+                (other,) = measure([1]).points
+                for handle in handles:
+                    handle.remove()
+                position = args.evaluate_at.index(1)
+                if other.nats_per_token < curve.points[position].nats_per_token:
+                    other = dataclasses.replace(other, expert_flops_share=curve.points[position].expert_flops_share)
+                    points = (*curve.points[:position], other, *curve.points[position + 1 :])
+                    curve = dataclasses.replace(curve, points=points)
+            curves[arm].append(curve)
     return curves
+
+
+def _with_weight_one(router, args, output):
+    logits, weights, indices = output
+    return logits, torch.ones_like(weights), indices
 
 
 def _elastic_metrics(curves: dict[str, list[ElasticCurve]], args: MMoeArguments) -> dict[str, Metric]:
@@ -267,6 +285,8 @@ def _elastic_metrics(curves: dict[str, list[ElasticCurve]], args: MMoeArguments)
             {arm: summarise(values, unit="perplexity", higher_is_better=False) for arm, values in at_k.items()}
         )
         metric.note = f"every model run with {k} active experts"
+        if k == 1:
+            metric.note += "; fixed arms of several by raw or unit weight, whichever is better"
         metrics[f"perplexity_at_{k}_experts"] = metric
         specialist = at_k.get(f"fixed_k{k}")
         if specialist and fixed_k(ours) is None:

@@ -45,6 +45,7 @@ from .comparison import (
     Job,
     against_baselines,
     compare_arms,
+    fields_of,
     plan_of,
     print_metrics,
     publish_first_run,
@@ -146,9 +147,7 @@ def arm_config(arm: str, config: SigmaMoeConfig, args: MoneArguments) -> SigmaMo
     """Configuration of an arm, from that of the host with all neurons. `ValueError` for an unknown arm."""
     if arm not in ARMS:
         raise ValueError(f"arm {arm!r} is not known. Choose from {', '.join(ARMS)}.")
-    fields = config.to_dict()
-    for name in ("model_type", "auto_map", "architectures", "transformers_version"):
-        fields.pop(name, None)
+    fields = fields_of(config)
     if arm == "moe":
         return SigmaMoeConfig(**fields)
     if arm == "moe_narrow":

@@ -154,6 +154,22 @@ def test_it_trains_saves_loads_and_generates(kind, how, tmp_path):
     assert torch.equal(with_cache, model.generate(prompts, **options))
 
 
+def test_one_model_goes_through_the_schedule_and_then_the_draws(tmp_path):
+    model = build(k_sampling="none")
+    first = train(model, tmp_path / "schedule", schedule())
+    model.config.k_sampling = "layer"
+    second = train(model, tmp_path / "draws", MatryoshkaExpertsCallback())
+    assert first[-1]["moe/stage"] == 1 and len({entry["moe/mean_k"] for entry in second}) > 3
+    assert second[-1]["loss"] < first[0]["loss"]
+    assert [network.neuron_top_k for network in neuron_networks(model)] == KEPT
+    model.eval().save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert again.config.num_experts_per_tok_per_layer == [4, 2, 1] and again.config.k_sampling == "layer"
+    assert torch.equal(logits_of(again), logits_of(model))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "num_active_experts": 2}
+    assert torch.equal(again.generate(IDS[:2], **options), model.generate(IDS[:2], use_cache=False, **options))
+
+
 @pytest.mark.parametrize("how", ["schedule", "draws"])
 def test_checkpointing_changes_no_step(how, tmp_path):
     runs = []

@@ -10,7 +10,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from transformers import AutoModelForCausalLM
 
 from hf_models.moe import growth as growth_module
+from hf_models.moe.elastic import routers_of, set_active_experts
+from hf_models.moe.elastic_hosts import wrap_moe
 from hf_models.moe.growth import GrowthPlan, grow_model, grow_optimizer_state
+from hf_models.moe.growth_config import what_changes_the_function
 from hf_models.moe.growth_tensors import TensorGrowth, grow_state_dict, layer_tensor
 from tests.hf_models.moe.growth_hosts import EXPERTS, HOSTS, TOKENS, host, host_config, logits_of
 
@@ -179,6 +182,26 @@ def test_adapters_are_refused():
         with pytest.raises(ValueError, match="has adapters.*merge_and_unload"):
             grow_model(active, EXACT_WIDTH)
     assert grow_model(adapted.merge_and_unload(), EXACT_WIDTH).config.num_experts == 12
+
+
+def test_a_dial_that_growth_would_lose_is_refused():
+    model = host("qwen3_moe")
+    set_active_experts(model, [1] + [2] * (len(routers_of(model)) - 1))
+    with pytest.raises(ValueError, match="which its own config cannot"):
+        grow_model(model, EXACT_WIDTH)
+    set_active_experts(model, 2)
+    assert grow_model(model, EXACT_WIDTH).config.num_experts_per_tok == 4
+    with pytest.raises(ValueError, match="wrapped by wrap_moe"):
+        grow_model(wrap_moe(model), EXACT_WIDTH)
+
+
+def test_drawn_numbers_that_cross_one_expert_are_reported():
+    model = host("m_moe")
+    model.config.k_min, model.config.k_max, model.config.k_sampling = 1, 3, "layer"
+    assert model.config.norm_topk_prob
+    assert any("k_min=1" in reason for reason in what_changes_the_function(model.config, EXACT_WIDTH))
+    model.config.k_min = 2
+    assert not any("k_min" in reason for reason in what_changes_the_function(model.config, EXACT_WIDTH))
 
 
 def test_models_that_are_not_in_memory_are_refused():

@@ -231,6 +231,30 @@ def test_the_default_is_half_of_the_neurons_and_what_is_in_force_is_saved(tmp_pa
     assert torch.equal(logits(model), half) and model.config.neuron_ratio == 0.5
 
 
+def test_all_neurons_stay_all_when_saved_and_a_refusal_changes_nothing(tmp_path):
+    model = own(neuron_ratio=0.25).eval()
+    quarter = logits(model)
+    for wrong in ({"top_k": 2.5}, {"ratio": "half"}, {"ratio": 0.5, "top_k": 3}):
+        with pytest.raises(ValueError, match="is not possible"):
+            model.set_active_neurons(**wrong)
+        assert model.config.neuron_ratio == 0.25 and torch.equal(logits(model), quarter)
+    model.set_active_neurons()
+    model.save_pretrained(tmp_path)
+    assert not torch.equal(logits(model), quarter)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_what_acts_in_our_routers_is_refused_for_a_host():
+    model = host("qwen3_moe")
+    for field, value in (("aux_k", "max"), ("expert_bias_update_rate", 0.1)):
+        with pytest.raises(StrictDataclassError, match="act inside Sigma-MoE's routers"):
+            MoneForCausalLM.from_moe(model, config_overrides={field: value})
+    with pytest.raises(ValueError, match="num_experts_per_tok.*which the host decides"):
+        MoneForCausalLM.from_moe(model, config_overrides={"num_experts_per_tok": 1})
+    model.set_experts_implementation("batched_mm")
+    assert MoneForCausalLM.from_moe(model).model.config._experts_implementation == "batched_mm"
+
+
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
 def test_active_parameters_count_the_whole_gate(ratio):
     model = own(neuron_ratio=ratio)
@@ -387,6 +411,19 @@ def test_decoding_by_neurons_computes_what_the_mask_computes(name, monkeypatch):
     layers = len(neuron_networks(mone))
     assert len(called) == 6 * layers and (2, 32) in called
     torch.testing.assert_close(logits(mone), reference_logits(mone), rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_leaves_other_activations_to_the_mask():
+    model = own(hidden_act="gelu", neuron_ratio=0.25).eval()
+    expected = logits(model)
+    model.set_experts_implementation("sigma_neurons")
+    with torch.no_grad():
+        assert torch.equal(model(IDS, attention_mask=MASK).logits, expected)
+    shard = model.model.layers[0].mlp.experts
+    shard.gate_up_proj = torch.nn.Parameter(shard.gate_up_proj[:, :16])
+    shard.down_proj = torch.nn.Parameter(shard.down_proj[:, :, :8])
+    with torch.no_grad(), pytest.raises(ValueError, match="must leave the experts whole"):
+        model(IDS)
 
 
 def reference_logits(mone):

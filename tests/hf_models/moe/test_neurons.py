@@ -269,3 +269,16 @@ def test_a_dense_network_keeps_its_top_neurons_too():
 def test_the_gate_always_counts(ratio, share):
     assert active_expert_share(round(1000 * ratio), 1000) == pytest.approx(share)
     assert active_expert_share(2000, 1000) == 1.0
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_what_is_not_a_number_is_kept_and_shows(bad):
+    scores = torch.tensor([[0.1, float("nan"), 0.3, float("nan"), float("nan"), 0.2]])
+    scores[0, 4 if bad == 1 else 0] = 0.5
+    keep = top_neurons(scores, 2)
+    assert keep[scores.isnan()].all()
+    experts = experts_of(neuron_top_k=4).float()
+    hidden = torch.randn(3, 32)
+    hidden[1, 0] = float("nan")
+    out = experts(hidden, torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1))
+    assert out[1].isnan().all() and not out[[0, 2]].isnan().any()

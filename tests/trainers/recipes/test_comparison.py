@@ -135,11 +135,12 @@ def test_a_run_is_told_its_seed_rate_steps_and_order(monkeypatch, tmp_path, data
         seen.update(name=name, model=model, callbacks=callbacks, args=args)
 
     monkeypatch.setattr(module, "fit", fit)
-    base = base_arguments(tmp_path, learning_rate=0.5, seed=9)
+    base = base_arguments(tmp_path, learning_rate=0.5, seed=9, resume_from_checkpoint="of another run")
     run_job(Job("ours", 2, 1e-3, 7, 1002), base, data, lambda job, data: (job.arm, [job.seed]))
     args = seen["args"]
     assert (seen["name"], seen["model"], seen["callbacks"]) == ("ours", "ours", [2])
     assert (args.seed, args.data_seed, args.learning_rate, args.max_steps) == (2, 1002, 1e-3, 7)
+    assert args.resume_from_checkpoint is None
     assert args.output_dir == str(tmp_path / "run" / "runs" / "ours" / "lr0.001-seed2")
     assert (base.seed, base.learning_rate, base.max_steps) == (9, 0.5, 10)
 
@@ -150,6 +151,13 @@ def tiny_or_nothing(job, data):
         raise ValueError(f"no model for {job.arm} of {len(data.train)} blocks and {data.fingerprint}")
     torch.manual_seed(job.seed)
     return SigmaMoeForCausalLM(SigmaMoeConfig(**TINY)), []
+
+
+def test_workers_below_several_ranks_are_refused(monkeypatch, tmp_path, data):
+    base = base_arguments(tmp_path)
+    monkeypatch.setattr(type(base), "world_size", 2)
+    with pytest.raises(ValueError, match="workers=2 with 2 processes: give --workers 0"):
+        run_jobs([Job("ours", 0, 1e-3, 1)], 2, base, data, tiny_or_nothing)
 
 
 @pytest.mark.slow
