@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from safetensors import SafetensorError
 from transformers import (
@@ -248,8 +249,8 @@ def _restore_weights(model: PreTrainedModel, folder: Path) -> None:
 def _signature(
     model: PreTrainedModel, data: LanguageData, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
 ) -> str:
-    """Hash of what decides the outcome of a run: model, schedule, data, optimisation. Where it is written and how
-    often it logs does not."""
+    """Hash of what decides the outcome of a run: model and the weights that it starts from, schedule, data,
+    optimisation. Where it is written and how often it logs does not."""
     ignored = (
         "dir",
         "log",
@@ -270,11 +271,22 @@ def _signature(
     blocks.append([len(data.validation)] + ([] if isinstance(data.train, IterableDataset) else [len(data.train)]))
     parts = {
         "model": {k: v for k, v in model.config.to_dict().items() if k != "transformers_version"},
+        "start": _start_of(model),
         "schedules": schedules,
         "data": [data.fingerprint, blocks],
         "args": options,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _start_of(model: PreTrainedModel) -> str:
+    """Hash of both ends of every tensor: a config does not say what a model was grown from, or with how much noise."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        digest.update(name.encode())
+        digest.update(torch.cat((flat[:64], flat[-64:])).double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_fit(folder: Path, signature: str) -> Fit | None:

@@ -74,6 +74,11 @@ class MoneArguments:
 
 
 ARMS = ("mone", "mone_unbalanced", "moe", "moe_narrow", "mone_2k", "mone_2k_quarter")
+# Metric, its arm, and what of the experts that arm has as much of active as `moe`.
+EQUAL_COST = (
+    ("equal_active_parameters", "mone_2k_quarter", "parameters"),
+    ("equal_active_neurons", "mone_2k", "neurons"),
+)
 SMALL_RUN = OPTIMIZER | {
     "sequence_length": 256,
     "max_eval_blocks": 128,
@@ -201,11 +206,14 @@ def pretrain(
             device=device_name(),
             versions=collect_versions(),
             wall_seconds=wall_seconds_so_far(root, time.perf_counter() - start),
-            metrics={"held_out_bits_per_character": quality_metric(comparison)} | _metrics(curves, unused, args),
+            metrics={"held_out_bits_per_character": quality_metric(comparison)}
+            | _equal_cost(comparison)
+            | _metrics(curves, unused, args),
             evidence=plan_of(comparison_args, training_args, comparison)
             | {
                 "neuron_ratio": args.neuron_ratio,
                 "neuron_aux_loss_coef": args.neuron_aux_loss_coef,
+                "measured_on": {name: arm for name, arm, _ in EQUAL_COST if arm in comparison.fits},
                 "active_parameters": _active_parameters(comparison_args.arms, config, args),
             },
             data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
@@ -249,6 +257,19 @@ def _measure(
                 use = neuron_use(mone, data.validation, batch_size=batch_size)
                 unused.setdefault(arm, []).append(unused_share(use))
     return curves, unused
+
+
+def _equal_cost(comparison: Comparison) -> dict[str, Metric]:
+    """Twice as many experts of fewer neurons against the plain mixture, by the two ways of counting."""
+    metrics = {}
+    for name, arm, counted in EQUAL_COST:
+        if arm in comparison.fits and "moe" in comparison.fits:
+            values = {a: [f.bits_per_character for f in comparison.fits[a]] for a in (arm, "moe")}
+            metrics[name] = against_baselines(
+                {a: summarise(v, unit=BITS, higher_is_better=False) for a, v in values.items()}
+            )
+            metrics[name].note = f"{arm}: as many active {counted} of experts as moe"
+    return metrics
 
 
 def _metrics(curves: Curves, unused: dict[str, list[float]], args: MoneArguments) -> dict[str, Metric]:

@@ -74,7 +74,7 @@ def make_arguments(folder, **options) -> TrainingArguments:
     )
 
 
-def run(folder, data, arm="progressive", *extra, switch_at=SWITCH / STEPS, model_options=None, **options):
+def run(folder, data, arm="progressive", *extra, switch_at=SWITCH / STEPS, model_options=None, start=1.0, **options):
     """`(model, Fit)` of one arm of the recipe, with what the recipe installs."""
     torch.set_num_threads(1)
     tokenizer = data.tokenizer
@@ -82,6 +82,8 @@ def run(folder, data, arm="progressive", *extra, switch_at=SWITCH / STEPS, model
     config = SigmaMoeConfig(vocab_size=320, max_position_embeddings=24, **TINY, **special, **(model_options or {}))
     args = make_arguments(folder, **options)
     model, callbacks = build_arm(arm, config, Schedule([3, 2], switch_at), args.seed)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.experts.down_proj.mul_(start)
     if arm == "progressive":
         callbacks = [SwitchProbe(callbacks[0], data), *callbacks]
     return model, fit(arm, model, data, args, [*callbacks, *extra])
@@ -247,6 +249,7 @@ def test_what_a_fit_says(finished, data):
         {"gradient_accumulation_steps": 1},
         {"switch_at": 0.9},
         {"model_options": {"router_aux_loss_coef": 0.5}},
+        {"start": 1.001},
     ],
     ids=lambda change: next(iter(change)),
 )
