@@ -1,5 +1,6 @@
 """The README's promises: its code runs, its commands exist, its table names the fifteen methods."""
 
+import json
 import re
 import subprocess
 import sys
@@ -131,3 +132,34 @@ def test_the_measured_numbers_are_those_of_the_committed_results():
     shares = [metrics["layer0_max_deviation_before_switch"], deviation]
     shares += [deviation.baseline[arm] for arm in ("lbl_top1", "top1_lbl")]
     assert re.findall(r"\+(\d+) %", section) == [f"{100 * share.value:.0f}" for share in shares]
+
+
+def measured(method):
+    return read_results(ROOT / "model_cards" / method).metrics
+
+
+def test_the_numbers_of_mone_are_those_of_the_committed_results():
+    metrics, section = measured("mone"), README.split("## What was measured so far")[1].split("\n## ")[0]
+    quality, equal = metrics["held_out_bits_per_character"], metrics["equal_active_parameters"]
+    moe, unused = quality.baseline["moe"], metrics["unused_neurons"]
+    assert f"reaches {quality.value:.3f} bits" in section and f"({moe.value:.3f}; not resolved)" in section
+    assert moe.verdict == "null" and equal.baseline["moe"].verdict == "holds"
+    assert f"reach {equal.value:.3f}: MoNE is better" in section
+    assert f"from {unused.baseline['mone_unbalanced'].value:.1%} to {unused.value:.1%}".replace("%", " %") in section
+    assert quality.baseline["mone_unbalanced"].verdict == "null"
+    whole, sixty, ninety = (metrics[f"pruned_{share}_percent"].baseline["moe"].value for share in ("00", "60", "90"))
+    assert f"leaving out 60 % at inference costs {sixty - whole:.3f} bits, 90 % {ninety - whole:.3f}" in section
+    (report,) = (ROOT / "trainers" / "benchmarks" / "results").glob("decode-float32-*.json")
+    rows = json.loads(report.read_text())["comparisons"]
+    (row,) = (r for r in rows if r["ratio"] == 0.25 and r["baseline"] == "dense_grouped_mm")
+    assert f"decoded {1 / row['process']['ratio']['median']:.2f} times as fast" in section
+
+
+def test_the_numbers_of_m_moe_are_those_of_the_committed_results():
+    metrics, section = measured("m_moe"), README.split("## What was measured so far")[1].split("\n## ")[0]
+    ratios = {k: metrics[f"over_specialist_at_{k}_experts"] for k in (1, 2, 4, 6)}
+    above = {k: 100 * (ratio.value - 1) for k, ratio in ratios.items()}
+    assert f"{above[1]:.1f} % at one expert (not resolved)" in section
+    several = [above[k] for k in (2, 4, 6)]
+    assert f"{min(several):.0f} to {max(several):.0f} % at two, four and six" in " ".join(section.split())
+    assert [ratios[k].baseline["target"].verdict for k in (1, 2, 4, 6)] == ["null", "fails", "fails", "fails"]

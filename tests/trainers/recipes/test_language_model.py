@@ -83,7 +83,7 @@ def run(folder, data, arm="progressive", *extra, switch_at=SWITCH / STEPS, model
     args = make_arguments(folder, **options)
     model, callbacks = build_arm(arm, config, Schedule([3, 2], switch_at), args.seed)
     with torch.no_grad():
-        model.model.layers[-1].mlp.experts.down_proj.mul_(start)
+        model.lm_head.weight.mul_(start)
     if arm == "progressive":
         callbacks = [SwitchProbe(callbacks[0], data), *callbacks]
     return model, fit(arm, model, data, args, [*callbacks, *extra])
