@@ -163,3 +163,18 @@ def test_the_numbers_of_m_moe_are_those_of_the_committed_results():
     several = [above[k] for k in (2, 4, 6)]
     assert f"{min(several):.0f} to {max(several):.0f} % at two, four and six" in " ".join(section.split())
     assert [ratios[k].baseline["target"].verdict for k in (1, 2, 4, 6)] == ["null", "fails", "fails", "fails"]
+
+
+def test_the_numbers_of_growth_are_those_of_the_committed_results():
+    metrics, section = measured("growth"), " ".join(README.split("## What was measured so far")[1].split())
+    depth, width = metrics["held_out_bits_depth"], metrics["held_out_bits_width"]
+    assert f"the base {metrics['base_bits_per_character'].value:.3f}" in section
+    for name, metric in (("depth", depth), ("width", width)):
+        scratch = metric.baseline[f"scratch_{name}"]
+        assert re.search(f"grown in {name} {metric.value:.3f},[ a-z]* from scratch {scratch.value:.3f}", section)
+        assert scratch.verdict == "holds" and metric.baseline["continued"].verdict == "fails"
+    stack = depth.baseline["stack"]
+    assert f"stacking, at {stack.value:.3f}" in section and stack.verdict == "fails"
+    assert f"at {depth.baseline['continued'].value:.3f}, better than both" in section
+    total = {at: metrics[f"grown_at_{at}_fixed_total"].baseline["grown_at_1400"].verdict for at in (350, 700)}
+    assert total == {350: "fails", 700: "null"}
