@@ -137,30 +137,8 @@ class MoneForCausalLM(SigmaMoeForCausalLM, GenerationMixin):
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} are options of loading, but `model` is loaded already.")
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"{type(model).__name__} is not a transformers model. Merge an adapter first: "
-                "peft_model.merge_and_unload()."
-            )
-        if getattr(model, "_hf_peft_config_loaded", False):
-            raise TypeError(f"{type(model).__name__} has adapters. Merge or remove them first.")
-        devices = {tensor.device for tensor in model.parameters()}
-        if getattr(model, "is_quantized", False) or len(devices) > 1 or torch.device("meta") in devices:
-            raise ValueError(
-                f"{type(model).__name__} is quantised, or on {sorted(map(str, devices))}. Load it unquantised on one "
-                "device; what comes out can be saved, and loaded with any device_map."
-            )
-        given = {"neuron_ratio": neuron_ratio, "neuron_top_k": neuron_top_k} | (config_overrides or {})
-        if isinstance(model.config, SigmaMoeConfig):
-            fields = model.config.to_dict()
-            for name in ("model_type", "auto_map", "architectures", "transformers_version"):
-                fields.pop(name, None)
-            config = MoneConfig(**fields | given)
-        else:
-            _require_host(model.config)
-            if theirs := sorted(set(given) & set(HOST_DECIDES)):
-                raise ValueError(f"config_overrides has {theirs}, which the host decides. Change the host first.")
-            config = MoneConfig(**{"host_config": model.config.to_dict()} | _balance_of_host(model.config) | given)
+        _require_plain(model)
+        config = _config_with(model.config, neuron_ratio, neuron_top_k, config_overrides or {})
         config.dtype = model.dtype
         with torch.device("meta"):
             mone = cls._from_config(config, **_implementations(model))
@@ -175,6 +153,37 @@ class MoneForCausalLM(SigmaMoeForCausalLM, GenerationMixin):
             mone.set_experts_implementation(model.config._experts_implementation)
         mone.generation_config = model.generation_config
         return mone.eval()
+
+
+def _require_plain(model: PreTrainedModel) -> None:
+    """Raise unless `model` is one of transformers', without adapters, unquantised and on one device."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is not a transformers model. Merge an adapter first: "
+            "peft_model.merge_and_unload()."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise TypeError(f"{type(model).__name__} has adapters. Merge or remove them first.")
+    devices = {tensor.device for tensor in model.parameters()}
+    if getattr(model, "is_quantized", False) or len(devices) > 1 or torch.device("meta") in devices:
+        raise ValueError(
+            f"{type(model).__name__} is quantised, or on {sorted(map(str, devices))}. Load it unquantised on one "
+            "device; what comes out can be saved, and loaded with any device_map."
+        )
+
+
+def _config_with(config: PreTrainedConfig, neuron_ratio, neuron_top_k, overrides: dict) -> MoneConfig:
+    """Configuration of a MoNE of a model with `config`."""
+    given = {"neuron_ratio": neuron_ratio, "neuron_top_k": neuron_top_k} | overrides
+    if isinstance(config, SigmaMoeConfig):
+        ignored = ("model_type", "auto_map", "architectures", "transformers_version")
+        fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
+    else:
+        _require_host(config)
+        if theirs := sorted(set(given) & set(HOST_DECIDES)):
+            raise ValueError(f"config_overrides has {theirs}, which the host decides. Change the host first.")
+        fields = {"host_config": config.to_dict()} | _balance_of_host(config)
+    return MoneConfig(**fields | given)
 
 
 def choose_neurons_in(body: PreTrainedModel, config: MoneConfig) -> None:
