@@ -26,8 +26,11 @@ class MMoeConfig(SigmaMoeConfig):
             Active experts per token at inference and evaluation, until `set_active_experts` changes them. Draws do not
             touch it. Which of the trained numbers to serve is a choice; this default is ours.
         scoring_func (`str`, defaults to `"softmax"`):
-            As the paper's router, renormalised over the kept experts. At one expert the weight is the raw probability
-            (ours, see [`SigmaMoeConfig`]): the paper's p / p would leave its router without a gradient.
+            As the paper's router, renormalised over the kept experts.
+        norm_top1_prob (`bool`, defaults to `True`):
+            Also over one kept expert, so that its weight is 1 and a layer answers about as loudly whatever k was
+            drawn. `False` weighs it by its probability, which gives the router a gradient at k = 1 and, measured
+            here, a worse model at every k. What the paper does is not known.
         k_sampling (`str`, defaults to `"layer"`):
             One draw for each layer of a micro-batch, the paper's best. `MatryoshkaExpertsCallback` draws; without it,
             training uses `num_experts_per_tok` like evaluation.
@@ -41,6 +44,7 @@ class MMoeConfig(SigmaMoeConfig):
 
     num_experts_per_tok: int = 4
     scoring_func: str = "softmax"
+    norm_top1_prob: bool = True
     k_sampling: str = "layer"
     k_min: int | None = 1
 

@@ -1,8 +1,6 @@
 # Copyright 2026 The hf-sigma authors. Licensed under the Apache License, Version 2.0.
 """Configuration of MoNE (mixture of neuron experts, arXiv 2510.05781)."""
 
-from typing import Any
-
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -10,6 +8,8 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from .configuration_sigma_moe import SigmaMoeConfig
 
 
+# The names that transformers has for the number of routed experts of a layer.
+EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 # Read from a host, so that whoever reads the config alone (serving engines, parameter counts) sees its shape.
 _MIRRORED = (
     "vocab_size",
@@ -85,7 +85,7 @@ class MoneConfig(SigmaMoeConfig):
         for field in _MIRRORED:
             if hasattr(host, field):
                 setattr(self, field, getattr(host, field))
-        self.num_experts = number_of_experts(host)
+        self.num_experts = number_of_experts(host) or 1
         self.num_experts_per_tok = getattr(host, "num_experts_per_tok", None) or 1
         self.num_experts_per_tok_per_layer = None
         self.moe_intermediate_size = getattr(host, "moe_intermediate_size", None) or host.intermediate_size
@@ -106,10 +106,9 @@ class MoneConfig(SigmaMoeConfig):
 
 
 def number_of_experts(config: PreTrainedConfig) -> int:
-    """Experts of a layer by any of the names that transformers has for them; 1 for a dense model."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    numbers: list[Any] = [getattr(config, name, None) for name in names]
-    return next((number for number in numbers if number), 1)
+    """Experts of a layer by any of the names that transformers has for them; 0 for a dense model."""
+    numbers = [getattr(config, name, None) for name in EXPERT_COUNT_FIELDS]
+    return next((number for number in numbers if number), 0)
 
 
-__all__ = ["MoneConfig"]
+__all__ = ["EXPERT_COUNT_FIELDS", "MoneConfig", "number_of_experts"]

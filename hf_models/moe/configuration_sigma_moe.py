@@ -1,6 +1,8 @@
 # Copyright 2026 The hf-sigma authors. Licensed under the Apache License, Version 2.0.
 """Configuration of Sigma-MoE (Sigma-MoE-Tiny, arXiv 2512.16248, and its sibling Sigma-V2)."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
@@ -119,6 +121,10 @@ class SigmaMoeConfig(PreTrainedConfig):
         norm_topk_prob (`bool`, defaults to `True`):
             Divide the weights of the selected experts by their sum, in layers with more than one. With one expert the
             weight is the raw score: divided by itself it would be the constant 1 and the router would get no gradient.
+        norm_top1_prob (`bool`, defaults to `False`):
+            With `norm_topk_prob`, make that weight 1 all the same, in every layer with one expert: what a model needs
+            that also runs with several, whose weights add up to 1. Where one expert is active, only the balance loss
+            then trains the router.
         routed_scaling_factor (`float`, defaults to 1.0):
             Multiplies the expert weights.
         router_aux_loss_type (`str`, defaults to `"global_batch"`):
@@ -211,6 +217,7 @@ class SigmaMoeConfig(PreTrainedConfig):
     num_experts_per_tok_per_layer: list[int] | None = None
     scoring_func: str = "sigmoid"
     norm_topk_prob: bool = True
+    norm_top1_prob: bool = False
     routed_scaling_factor: float | int = 1.0
     router_aux_loss_type: str = "global_batch"
     router_aux_loss_coef: float | int = 1e-3
@@ -271,6 +278,11 @@ class SigmaMoeConfig(PreTrainedConfig):
         if given.keys() & {"neuron_top_k", "neuron_ratio"}:  # the file's choice of one must not meet the other
             given = {"neuron_top_k": None, "neuron_ratio": None} | given
         return super().from_dict({**config_dict, **given}, **kwargs)
+
+    def own_fields(self) -> dict[str, Any]:
+        """What another class of the family takes over: every field but those that say which model it is."""
+        identity = ("model_type", "auto_map", "architectures", "transformers_version")
+        return {name: value for name, value in self.to_dict().items() if name not in identity}
 
     @property
     def top_k_per_layer(self) -> list[int]:

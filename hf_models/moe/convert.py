@@ -155,10 +155,10 @@ def export_checkpoint(
 ) -> Path:
     """Write a `sigma_moe` model, folder or Hub id as `"qwen3_moe"` or `"sigma"` (Sigma-V2); returns `destination`.
 
-    Both formats have one number of experts per token; Qwen3-MoE also has only softmax scores,
+    Both formats have one number of experts per token and use all neurons; Qwen3-MoE also has only softmax scores,
     `routed_scaling_factor` 1 and no expert bias (zeros are dropped). Everything else is refused. With one expert per
-    token `norm_topk_prob` is written as false: it has no effect here, and readers that take it literally would
-    replace every expert weight by 1. Losses that the format cannot express are left out with a warning: they do not
+    token `norm_topk_prob` is written as false, unless `norm_top1_prob` is set: readers that take it literally replace
+    every expert weight by 1. Losses that the format cannot express are left out with a warning: they do not
     change the function.
 
     Raises: as [`convert_checkpoint`].
@@ -178,7 +178,7 @@ def export_checkpoint(
         raise ValueError(f"model_type={raw.get('model_type')!r} in {source}: only sigma_moe checkpoints are exported.")
     config = SigmaMoeConfig.from_dict(raw)
     head = _head(raw)
-    _refuse_varying_top_k(config, format)
+    _refuse_beyond_both(config, format)
     if format == "qwen3_moe":
         _refuse_beyond_qwen3_moe(config)
     model = _meta_model(config, head)
@@ -312,28 +312,28 @@ def _config_from_qwen3_moe(raw: dict) -> SigmaMoeConfig:
     host = Qwen3MoeConfig.from_dict(raw)
     values = {field: getattr(host, field, None) for field in _QWEN3_MOE_ONLY}
     _refuse_other_values(values, _QWEN3_MOE_ONLY, "qwen3_moe")
-    if host.norm_topk_prob and host.num_experts_per_tok == 1:
-        raise ValueError(
-            "norm_topk_prob=True with num_experts_per_tok=1: Qwen3-MoE divides the single expert weight by itself, "
-            "which makes it 1 for every token and leaves the router without a gradient. Here the score itself is the "
-            "weight, so the checkpoint cannot be converted without changing the model."
-        )
     fields = {field: getattr(host, field, None) for field in _SHARED_FIELDS}
     return SigmaMoeConfig(
         **{field: value for field, value in fields.items() if value is not None},
         scoring_func="softmax",
         aux_scoring_func="softmax",
+        norm_top1_prob=True,  # as its router: one weight divided by itself
         router_aux_loss_type="switch",
         router_aux_loss_coef=host.router_aux_loss_coef * host.num_experts_per_tok / host.num_hidden_layers,
     )
 
 
-def _refuse_varying_top_k(config: SigmaMoeConfig, format: str) -> None:
+def _refuse_beyond_both(config: SigmaMoeConfig, format: str) -> None:
     if len(set(config.top_k_per_layer)) > 1:
         raise ValueError(
             f"num_experts_per_tok_per_layer={config.num_experts_per_tok_per_layer} cannot be written as {format!r}, "
             "which has one number for all layers."
         )
+    for field in ("neuron_top_k", "neuron_ratio"):
+        if getattr(config, field) is not None:
+            raise ValueError(
+                f"{field}={getattr(config, field)} cannot be written as {format!r}, whose experts use all neurons."
+            )
 
 
 def _refuse_beyond_qwen3_moe(config: SigmaMoeConfig) -> None:
@@ -345,7 +345,7 @@ def _refuse_beyond_qwen3_moe(config: SigmaMoeConfig) -> None:
 
 
 def _normalizes(config: SigmaMoeConfig) -> bool:
-    return config.norm_topk_prob and config.num_experts_per_tok > 1
+    return config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_top1_prob)
 
 
 def _config_to_qwen3_moe(config: SigmaMoeConfig) -> Qwen3MoeConfig:

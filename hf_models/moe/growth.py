@@ -48,9 +48,10 @@ from .checkpoint_files import (
     vacant_destination,
     write_json,
 )
+from .configuration_mone import number_of_experts
 from .elastic import PER_LAYER, experts_in_force
 from .elastic_hosts import WrappedMoe
-from .growth_config import OUR_MODEL_TYPES, expert_count, grow_config, read_config, what_changes_the_function
+from .growth_config import OUR_MODEL_TYPES, grow_config, read_config, what_changes_the_function
 from .growth_drift import available_memory, logit_drift
 from .growth_plan import CHOICES, NOISE_TARGETS, GrowthPlan, layer_order
 from .growth_tensors import TensorGrowth, grow_state_dict, layer_tensor, write_grown_shards
@@ -311,7 +312,7 @@ def _compare(found: dict[str, torch.Tensor], model: PreTrainedModel) -> None:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise ValueError(
             f"The weights do not fit the configuration of {config.num_hidden_layers} layers with "
-            f"{expert_count(config)} experts: " + "; ".join(problems[:5]) + more + ". Nothing was written."
+            f"{number_of_experts(config)} experts: " + "; ".join(problems[:5]) + more + ". Nothing was written."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import logging
 
+from .configuration_mone import EXPERT_COUNT_FIELDS, number_of_experts
 from .growth_plan import GrowthPlan, layer_order
 
 
@@ -27,7 +28,6 @@ PER_LAYER_FIELDS = (
 )
 # Lists whose length says nothing about layers.
 _NOT_PER_LAYER = ("architectures", "eos_token_id", "mlp_only_layers", "keys_to_ignore_at_inference")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def read_config(raw: dict) -> PreTrainedConfig:
@@ -36,11 +36,6 @@ def read_config(raw: dict) -> PreTrainedConfig:
     if model_type not in HOSTS or model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type={model_type!r} is not known to growth. Known are {HOSTS}.")
     return CONFIG_MAPPING[model_type].from_dict(raw)
-
-
-def expert_count(config: PreTrainedConfig) -> int:
-    """Routed experts of a layer, by whichever name the family has for them."""
-    return next(getattr(config, name) for name in _EXPERT_COUNTS if hasattr(config, name))
 
 
 def expert_layers(config: PreTrainedConfig) -> list[bool]:
@@ -103,7 +98,7 @@ def what_changes_the_function(config: PreTrainedConfig, plan: GrowthPlan) -> lis
 
 def _what_routing_changes(config: PreTrainedConfig, plan: GrowthPlan) -> list[str]:
     reasons = []
-    if config.model_type in OUR_MODEL_TYPES and config.k_sampling != "none" and config.norm_topk_prob:
+    if _spares_top_1(config) and config.k_sampling != "none":
         if config.k_range[0] == 1 < config.k_range[1]:
             reasons.append(
                 "k_min=1: one expert is weighed by its raw score, several by shares of 1, so that at one of the two "
@@ -155,7 +150,7 @@ def _groups(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _refuse_broken_routing(config: PreTrainedConfig, plan: GrowthPlan) -> None:
-    experts, top_k = expert_count(config), config.num_experts_per_tok
+    experts, top_k = number_of_experts(config), config.num_experts_per_tok
     groups, chosen = _groups(config)
     if experts < 1 or not any(expert_layers(config)):
         raise ValueError(
@@ -219,8 +214,8 @@ def _dense_layer_changes(config: PreTrainedConfig, has_experts: list[bool]) -> d
 
 def _width_changes(config: PreTrainedConfig, plan: GrowthPlan) -> dict[str, Any]:
     """Fields that go with experts or with experts per token; per-layer experts per token for the source's layers."""
-    present, experts, factor = config.to_dict(), expert_count(config), plan.topk_factor
-    changes: dict[str, Any] = {name: experts * plan.width_factor for name in _EXPERT_COUNTS if name in present}
+    present, experts, factor = config.to_dict(), number_of_experts(config), plan.topk_factor
+    changes: dict[str, Any] = {name: experts * plan.width_factor for name in EXPERT_COUNT_FIELDS if name in present}
     for field in ("num_experts_per_tok", "k_min", "k_max"):
         if present.get(field) is not None:
             changes[field] = present[field] * factor
@@ -243,9 +238,14 @@ def _width_changes(config: PreTrainedConfig, plan: GrowthPlan) -> dict[str, Any]
     return changes
 
 
+def _spares_top_1(config: PreTrainedConfig) -> bool:
+    """Whether weights are renormalised except in layers with one expert, as only our family has it."""
+    return config.model_type in OUR_MODEL_TYPES and config.norm_topk_prob and not config.norm_top1_prob
+
+
 def _mixes_top_1(config: PreTrainedConfig) -> bool:
-    """Whether some layers renormalise and others, with one expert, do not, as only our family has it."""
-    ks = config.top_k_per_layer if config.model_type in OUR_MODEL_TYPES and config.norm_topk_prob else []
+    """Whether some layers renormalise and others, with one expert, do not."""
+    ks = config.top_k_per_layer if _spares_top_1(config) else []
     return 1 in ks and set(ks) != {1}
 
 
@@ -258,7 +258,7 @@ def _router_scale_changes(config: PreTrainedConfig, plan: GrowthPlan) -> dict[st
     sigmoid = config.scoring_func == "sigmoid" if ours else config.model_type == "deepseek_v3"
     changes: dict[str, Any] = {}
     renormalised = getattr(config, "norm_topk_prob", False)
-    if ours and renormalised and set(config.top_k_per_layer) == {1}:
+    if _spares_top_1(config) and set(config.top_k_per_layer) == {1}:
         # One expert is weighed by its raw score; several would be renormalised, unless told not to be.
         changes["norm_topk_prob"] = renormalised = False
     if sigmoid and not renormalised:
@@ -270,7 +270,6 @@ __all__ = [
     "HOSTS",
     "OUR_MODEL_TYPES",
     "PER_LAYER_FIELDS",
-    "expert_count",
     "expert_layers",
     "grow_config",
     "read_config",

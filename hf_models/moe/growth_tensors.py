@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from .checkpoint_files import checkpoint_file, write_json
-from .growth_config import expert_count, selection_bias_scale
+from .configuration_mone import number_of_experts
+from .growth_config import selection_bias_scale
 from .growth_plan import GrowthPlan, layer_order
 
 
@@ -98,7 +99,7 @@ class TensorGrowth:
     def __init__(self, config: PreTrainedConfig, plan: GrowthPlan):
         self.plan = plan
         self.num_layers = config.num_hidden_layers
-        self.num_experts = expert_count(config)
+        self.num_experts = number_of_experts(config)
         self.bias_scale = selection_bias_scale(config, plan)
         self.order = layer_order(self.num_layers, plan)
         experts, copies = range(self.num_experts), range(plan.width_factor)

@@ -176,8 +176,7 @@ def _config_with(config: PreTrainedConfig, neuron_ratio, neuron_top_k, overrides
     """Configuration of a MoNE of a model with `config`."""
     given = {"neuron_ratio": neuron_ratio, "neuron_top_k": neuron_top_k} | overrides
     if isinstance(config, SigmaMoeConfig):
-        ignored = ("model_type", "auto_map", "architectures", "transformers_version")
-        fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
+        fields = config.own_fields()
     else:
         _require_host(config)
         if theirs := sorted(set(given) & set(HOST_DECIDES)):

@@ -82,6 +82,7 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
         super().__init__(config)
         self.top_k = config.top_k_per_layer[layer_idx]
         self.scoring_func = config.scoring_func
+        self.norm_top1_prob = config.norm_top1_prob
         self.routed_scaling_factor = config.routed_scaling_factor
         self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
 
@@ -106,8 +107,7 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
         scores = self.scores(router_logits)
         indices = self.select(scores.detach())  # (tokens, top_k)
         weights = scores.gather(-1, indices)  # (tokens, top_k)
-        # One weight divided by itself is the constant 1: the router of a top-1 layer would get no gradient.
-        if self.norm_topk_prob and self.top_k > 1:
+        if self.norm_topk_prob and (self.top_k > 1 or self.norm_top1_prob):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return router_logits, weights * self.routed_scaling_factor, indices
 

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_models.moe.elastic import (
@@ -22,7 +20,7 @@ from hf_models.moe.elastic import (
 )
 
 from ..figures import elastic_figure
-from .perplexity import held_out_loss
+from .perplexity import held_out_loss, held_out_nats
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def search_layer_budget(
     def loss_of(ks: Sequence[int]) -> float:
         if (key := tuple(ks)) not in known:
             with active_experts(model, list(ks)):
-                known[key] = _nats_per_token(model, calibration, batch_size)
+                known[key] = held_out_nats(model, calibration, batch_size)[0]
         return known[key]
 
     best = uniform
@@ -181,19 +179,6 @@ def _better_exchange(ks: list[int], loss_of, k_min: int, k_max: int) -> list[int
 
 def _changed(ks: list[int], layer: int, by: int) -> list[int]:
     return [k + by * (i == layer) for i, k in enumerate(ks)]
-
-
-@torch.no_grad()
-def _nats_per_token(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> float:
-    was_training, nats, tokens = model.training, 0.0, 0
-    model.eval()
-    for start in range(0, len(blocks), batch_size):
-        ids = torch.tensor(blocks[start : start + batch_size]["input_ids"], device=model.device)  # (batch, sequence)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nats += nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        tokens += ids[:, 1:].numel()
-    model.train(was_training)
-    return nats / tokens
 
 
 def _name(point: ElasticPoint) -> str:

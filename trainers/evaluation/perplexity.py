@@ -18,7 +18,6 @@ class HeldOutLoss:
     characters: int
 
 
-@torch.no_grad()
 def held_out_loss(
     model: PreTrainedModel, blocks: Dataset, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 16
 ) -> HeldOutLoss:
@@ -28,15 +27,24 @@ def held_out_loss(
     spell no character. Bits per character do not depend on the tokenizer, so models with different ones can be
     compared.
     """
-    was_training, device = model.training, model.device
-    model.eval()
-    nats, tokens, characters = 0.0, 0, 0
+    nats_per_token, tokens = held_out_nats(model, blocks, batch_size)
+    characters = 0
     for start in range(0, len(blocks), batch_size):
-        ids = torch.tensor(blocks[start : start + batch_size]["input_ids"], device=device)  # (batch, sequence)
-        targets = ids[:, 1:]
+        predicted = [ids[1:] for ids in blocks[start : start + batch_size]["input_ids"]]
+        characters += sum(map(len, tokenizer.batch_decode(predicted, skip_special_tokens=True)))
+    bits = nats_per_token * tokens / math.log(2)
+    return HeldOutLoss(nats_per_token, bits / max(characters, 1), tokens, characters)
+
+
+@torch.no_grad()
+def held_out_nats(model: PreTrainedModel, blocks: Dataset, batch_size: int) -> tuple[float, int]:
+    """Mean cross-entropy in nats per token, and the number of predicted tokens. The model comes back as it was."""
+    was_training, nats, tokens = model.training, 0.0, 0
+    model.eval()
+    for start in range(0, len(blocks), batch_size):
+        ids = torch.tensor(blocks[start : start + batch_size]["input_ids"], device=model.device)  # (batch, sequence)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        tokens += targets.numel()
-        characters += sum(map(len, tokenizer.batch_decode(targets, skip_special_tokens=True)))
+        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        tokens += ids[:, 1:].numel()
     model.train(was_training)
-    return HeldOutLoss(nats / tokens, nats / math.log(2) / max(characters, 1), tokens, characters)
+    return nats / tokens, tokens

@@ -20,8 +20,7 @@ from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 
 from ..benchmarks.alternating_blocks import time_alternately
 from ..figures import balance_figure, comparison_figure
-from ..redaction import command_line
-from ..report import FigureFile, Metric, Results, collect_versions, device_name, write_results
+from ..report import FigureFile, Metric, Results
 from .arguments import DataArguments, parse_arguments
 from .comparison import (
     BITS,
@@ -31,12 +30,11 @@ from .comparison import (
     against_baselines,
     compare_arms,
     measured_once,
-    plan_of,
-    print_metrics,
     quality_metric,
     run_jobs,
-    wall_seconds_so_far,
+    write_comparison,
 )
+from .description import describe_model
 from .language_model import LanguageData, prepare_language_data
 from .pretrain_sigma_moe import OPTIMIZER, SigmaMoeArguments, model_config
 from .sigma_moe_arms import Schedule, build_arm
@@ -44,9 +42,6 @@ from .sigma_moe_probes import SwitchProbe, read_balance, read_switch
 from .sigma_moe_results import (
     balance_before_switch,
     balance_metrics,
-    describe_data,
-    describe_model,
-    packing_note,
     switch_metrics,
 )
 
@@ -108,28 +103,25 @@ def compare(
     shape = SigmaMoeForCausalLM(config)
     shape.config.architectures = [type(shape).__name__]
     shape.config.save_pretrained(root)
-    results = Results(
+    return write_comparison(
+        comparison,
+        args,
+        base,
+        data,
+        data_args,
         method="sigma_moe",
         title="Sigma-MoE",
         preset="evidence",
-        seeds=args.seeds,
-        command=command_line(),
-        device=device_name(),
-        versions=collect_versions(),
-        wall_seconds=wall_seconds_so_far(root, time.perf_counter() - start),
+        started=start,
         metrics=_metrics(comparison),
-        evidence=plan_of(args, base, comparison)
-        | {
+        evidence={
             "initial_top_k": schedule.initial_top_k,
             "switch_at": schedule.switch_at,
             "active_parameters": active_parameters(config, schedule),
         },
-        data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
         model=describe_model(shape),
         figures=_figures(comparison),
     )
-    write_results(root, results)
-    return results
 
 
 def build_job(job: Job, data: LanguageData, *, config: SigmaMoeConfig, schedule: Schedule):
@@ -210,8 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     types = (CompareArguments, SigmaMoeArguments, DataArguments, TrainingArguments)
     _, (args, model_args, data_args, training_args) = parse_arguments(types, PRESETS, argv, default_preset="evidence")
-    results = compare(args, model_args, data_args, training_args)
-    print_metrics(results)
+    compare(args, model_args, data_args, training_args)
 
 
 if __name__ == "__main__":

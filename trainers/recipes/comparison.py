@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,11 +20,23 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..data import load_tokenizer
-from ..report import Metric, Results, summarise, verdict, write_text_atomically
-from .arguments import training_arguments_of
+from ..redaction import command_line
+from ..report import (
+    Metric,
+    Model,
+    Results,
+    collect_versions,
+    device_name,
+    summarise,
+    verdict,
+    write_results,
+    write_text_atomically,
+)
+from .arguments import DataArguments, training_arguments_of
+from .description import describe_data, packing_note
 from .language_model import Fit, LanguageData, fit
 
 
@@ -46,12 +59,6 @@ class ComparisonArguments:
     note: str = dataclasses.field(
         default="", metadata={"help": "What was changed after results were seen, for the record."}
     )
-
-
-def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What another config class of the family takes from `config`: everything but what says which model it is."""
-    ignored = ("model_type", "auto_map", "architectures", "transformers_version")
-    return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +205,40 @@ def publish_first_run(comparison: Comparison, data: LanguageData) -> PreTrainedM
     return AutoModelForCausalLM.from_pretrained(comparison.root).eval()
 
 
-def print_metrics(results: Results) -> None:
-    """The measured numbers on the screen."""
+def write_comparison(
+    comparison: Comparison,
+    args: ComparisonArguments,
+    base: TrainingArguments,
+    data: LanguageData,
+    data_args: DataArguments,
+    *,
+    started: float,
+    model: Model,
+    evidence: dict[str, Any],
+    **fields: Any,
+) -> Results:
+    """Write `results.json` into the folder of the comparison, print the numbers, and return what was written.
+
+    `started` is the clock's (`time.perf_counter`) at the beginning of this invocation; `evidence` goes beside the plan
+    of the comparison, and `fields` are the others of [`Results`].
+    """
+    results = Results(
+        seeds=args.seeds,
+        command=command_line(),
+        device=device_name(),
+        versions=collect_versions(),
+        wall_seconds=_wall_seconds_so_far(comparison.root, time.perf_counter() - started),
+        evidence=plan_of(args, base, comparison) | evidence,
+        data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
+        model=model,
+        **fields,
+    )
+    write_results(comparison.root, results)
     for name, metric in results.metrics.items():
         print(f"{name}: {metric.value:.4f} +- {metric.spread or 0:.4f}")
         for arm, baseline in metric.baseline.items():
             print(f"    {arm}: {baseline.value:.4f} +- {baseline.spread or 0:.4f}  {baseline.verdict or ''}")
+    return results
 
 
 def quality_metric(comparison: Comparison) -> Metric:
@@ -231,16 +266,19 @@ def against_baselines(metrics: dict[str, Metric]) -> Metric:
 
 def plan_of(args: ComparisonArguments, base: TrainingArguments, comparison: Comparison) -> dict[str, Any]:
     """For the record: what was fixed before any result was seen, and what the grid chose."""
-    chosen = comparison.learning_rates
+    chosen, grid = comparison.learning_rates, args.learning_rates
+    choice = {
+        "learning_rate_chosen_on": "held-out loss of the first seed, the same blocks that are reported",
+        "learning_rate_at_the_edge_of_the_grid": [
+            arm for arm, rate in chosen.items() if rate in (min(grid), max(grid))
+        ],
+    }
     return {
         "steps": base.max_steps,
         "tokens": next(iter(comparison.fits.values()))[0].tokens,
-        "learning_rate_grid": args.learning_rates,
+        "learning_rate_grid": grid,
         "learning_rate_chosen": chosen,
-        "learning_rate_chosen_on": "held-out loss of the first seed, the same blocks that are reported",
-        "learning_rate_at_the_edge_of_the_grid": [
-            arm for arm, rate in chosen.items() if rate in (min(args.learning_rates), max(args.learning_rates))
-        ],
+        **(choice if len(grid) > 1 else {}),
         "changed_after_results_were_seen": args.note,
         "parameters": {arm: fits[0].parameters for arm, fits in comparison.fits.items()},
     }
@@ -253,7 +291,7 @@ def measured_once(file: Path, measure: Callable[[], Any]) -> Any:
     return json.loads(file.read_text())
 
 
-def wall_seconds_so_far(root: Path, seconds: float) -> float:
+def _wall_seconds_so_far(root: Path, seconds: float) -> float:
     """Seconds of this and of earlier invocations in the same folder; a killed one counts as nothing."""
     file = root / "wall_seconds.json"
     earlier = json.loads(file.read_text()) if file.exists() else 0.0

@@ -42,8 +42,7 @@ from hf_models.moe.growth_advice import advise, chinchilla_flops, norm_profile, 
 
 from ..callbacks import ExpertBalanceCallback
 from ..figures import comparison_figure, elastic_figure
-from ..redaction import command_line
-from ..report import FigureFile, Metric, Results, collect_versions, device_name, summarise, write_results
+from ..report import FigureFile, Metric, summarise
 from .arguments import DataArguments, parse_arguments, training_arguments_of
 from .comparison import (
     BITS,
@@ -52,17 +51,14 @@ from .comparison import (
     Job,
     against_baselines,
     compare_arms,
-    fields_of,
-    plan_of,
-    print_metrics,
     publish_first_run,
     run_jobs,
-    wall_seconds_so_far,
+    write_comparison,
 )
+from .description import describe_model
 from .language_model import LanguageData, prepare_language_data, require_writable
 from .pretrain_mone import SMALL_RUN
 from .pretrain_sigma_moe import OPTIMIZER, model_config
-from .sigma_moe_results import describe_data, describe_model, packing_note
 
 
 @dataclasses.dataclass
@@ -163,7 +159,7 @@ PRESETS = {
 def build_base(job: Job, data: LanguageData, *, config: SigmaMoeConfig):
     """The base model, freshly initialised from the seed."""
     set_seed(job.seed)
-    return SigmaMoeForCausalLM(SigmaMoeConfig(**fields_of(config))), [ExpertBalanceCallback()]
+    return SigmaMoeForCausalLM(SigmaMoeConfig(**config.own_fields())), [ExpertBalanceCallback()]
 
 
 def build_arm(
@@ -258,25 +254,25 @@ def grow_and_continue(
     state = PartialState()
     if state.is_main_process:
         model = publish_first_run(comparison, data)
-        results = Results(
+        write_comparison(
+            comparison,
+            comparison_args,
+            training_args,
+            data,
+            data_args,
             method="growth",
             title="Orthogonal growth of mixtures of experts",
             preset=preset,
-            seeds=comparison_args.seeds,
-            command=command_line(),
-            device=device_name(),
-            versions=collect_versions(),
-            wall_seconds=wall_seconds_so_far(root, time.perf_counter() - start),
+            started=start,
             metrics=_quality(comparison) | extra,
-            evidence=plan_of(comparison_args, training_args, comparison)
-            | {"steps": next(iter(comparison.fits.values()))[0].steps, "measured_on": _measured_on(comparison, extra)}
+            evidence={
+                "steps": next(iter(comparison.fits.values()))[0].steps,
+                "measured_on": _measured_on(comparison, extra),
+            }
             | plan,
-            data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
             model=dataclasses.replace(_described(model), base=_hub_id(args.source)),
             figures=figures,
         )
-        write_results(root, results)
-        print_metrics(results)
     state.wait_for_everyone()
     return root
 
@@ -398,7 +394,7 @@ def _metrics(base: Comparison, comparison: Comparison, sweep: Comparison, args: 
 
 def _plan(config, base: Comparison, comparison_args: ComparisonArguments, args: GrowthArguments) -> dict:
     with torch.device("meta"):
-        active = SigmaMoeForCausalLM(SigmaMoeConfig(**fields_of(config))).num_active_parameters()
+        active = SigmaMoeForCausalLM(SigmaMoeConfig(**config.own_fields())).num_active_parameters()
     fit = base.fits["base"][0]
     sunk = 6.0 * active * fit.tokens
     rules = advise(sunk, args.extra_share * sunk, active, noise_alpha=args.noise_alpha)

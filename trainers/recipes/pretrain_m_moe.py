@@ -8,6 +8,7 @@
 | arm | active experts in training |
 |---|---|
 | `layer` | drawn from k_min..k_max for each layer of each micro-batch |
+| `layer_raw` | as `layer`; a single expert is weighed by its probability, not by 1 |
 | `micro_batch`, `global_batch` | drawn for each micro-batch, for each optimizer step |
 | `capacity` | as `layer`, with probability proportional to k^(1/2) |
 | `fixed_kN` | always N: the specialist at N, and elsewhere what a model of today does |
@@ -31,8 +32,7 @@ from hf_models.moe.elastic import expert_schedule
 from ..callbacks import ExpertBalanceCallback, MatryoshkaExpertsCallback
 from ..evaluation import ElasticCurve, evaluate_elastic, search_layer_budget
 from ..figures import elastic_figure
-from ..redaction import command_line
-from ..report import FigureFile, Metric, Results, collect_versions, device_name, summarise, write_results
+from ..report import FigureFile, Metric, summarise
 from .arguments import DataArguments, parse_arguments
 from .comparison import (
     Comparison,
@@ -40,17 +40,14 @@ from .comparison import (
     Job,
     against_baselines,
     compare_arms,
-    fields_of,
-    plan_of,
-    print_metrics,
     publish_first_run,
     quality_metric,
-    wall_seconds_so_far,
+    write_comparison,
 )
+from .description import describe_model
 from .language_model import LanguageData, prepare_language_data, require_writable
 from .pretrain_mone import SMALL_RUN
 from .pretrain_sigma_moe import OPTIMIZER, model_config
-from .sigma_moe_results import describe_data, describe_model, packing_note
 
 
 @dataclasses.dataclass
@@ -72,7 +69,14 @@ class MMoeArguments:
     )
 
 
-SAMPLED_ARMS = ("layer", "micro_batch", "global_batch", "capacity")
+# Draw, distribution, and whether the weight of a single expert is 1.
+SAMPLED_ARMS = {
+    "layer": ("layer", "uniform", True),
+    "layer_raw": ("layer", "uniform", False),
+    "micro_batch": ("micro_batch", "uniform", True),
+    "global_batch": ("global_batch", "uniform", True),
+    "capacity": ("layer", "capacity", True),
+}
 TARGET = 1.03  # perplexity over the specialist's: "close to the specialists", as our issue of the method puts it
 
 PRESETS = {
@@ -143,17 +147,19 @@ def fixed_k(arm: str) -> int | None:
 
 def arm_config(arm: str, config: SigmaMoeConfig, args: MMoeArguments) -> SigmaMoeConfig:
     """Configuration of an arm on the trunk that `config` describes."""
-    fields = fields_of(config)
+    fields = config.own_fields()
     fields["num_experts_per_tok_per_layer"] = None
     if (k := fixed_k(arm)) is not None:
         fields |= {"k_sampling": "none", "k_min": None, "k_max": None}  # of a base that was trained with draws
         return SigmaMoeConfig(**fields | {"num_experts_per_tok": k})
+    sampling, distribution, norm_top1_prob = SAMPLED_ARMS[arm]
     draw = {
         "num_experts_per_tok": args.default_k,
+        "norm_top1_prob": norm_top1_prob,
         "k_min": args.k_min,
         "k_max": args.k_max,
-        "k_sampling": "layer" if arm == "capacity" else arm,
-        "k_distribution": "capacity" if arm == "capacity" else "uniform",
+        "k_sampling": sampling,
+        "k_distribution": distribution,
     }
     return MMoeConfig(**fields | draw)
 
@@ -204,30 +210,27 @@ def pretrain(
         metrics = {"held_out_bits_per_character": quality} | _elastic_metrics(curves, args)
         if args.layer_budget and fixed_k(comparison_args.arms[0]) is None:
             metrics |= _budget_metrics(comparison, args, data, training_args)
-        results = Results(
+        write_comparison(
+            comparison,
+            comparison_args,
+            training_args,
+            data,
+            data_args,
             method="m_moe",
             title="M-MoE, Matryoshka mixture of experts",
             preset=preset,
-            seeds=comparison_args.seeds,
-            command=command_line(),
-            device=device_name(),
-            versions=collect_versions(),
-            wall_seconds=wall_seconds_so_far(root, time.perf_counter() - start),
+            started=start,
             metrics=metrics,
-            evidence=plan_of(comparison_args, training_args, comparison)
-            | {
+            evidence={
                 "k_range": [args.k_min, args.k_max],
                 "evaluated_at": args.evaluate_at,
                 "target_ratio_to_specialist": TARGET,
                 "verdicts_at_each_k": "paired over seeds",
             }
             | continued,
-            data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
             model=dataclasses.replace(describe_model(model), base=base),
             figures=_figures(curves, root),
         )
-        write_results(root, results)
-        print_metrics(results)
     state.wait_for_everyone()
     return root
 

@@ -35,8 +35,7 @@ from hf_models.moe.neurons import active_expert_share
 from ..callbacks import ExpertBalanceCallback
 from ..evaluation import evaluate_neuron_ratios, neuron_use, unused_share
 from ..figures import comparison_figure, loss_figure
-from ..redaction import command_line
-from ..report import FigureFile, Metric, Results, collect_versions, device_name, summarise, write_results
+from ..report import FigureFile, Metric, summarise
 from .arguments import DataArguments, parse_arguments
 from .comparison import (
     BITS,
@@ -45,16 +44,13 @@ from .comparison import (
     Job,
     against_baselines,
     compare_arms,
-    fields_of,
-    plan_of,
-    print_metrics,
     publish_first_run,
     quality_metric,
-    wall_seconds_so_far,
+    write_comparison,
 )
+from .description import describe_model
 from .language_model import LanguageData, prepare_language_data, require_writable
 from .pretrain_sigma_moe import OPTIMIZER, model_config
-from .sigma_moe_results import describe_data, describe_model, packing_note
 
 
 @dataclasses.dataclass
@@ -152,7 +148,7 @@ def arm_config(arm: str, config: SigmaMoeConfig, args: MoneArguments) -> SigmaMo
     """Configuration of an arm, from that of the host with all neurons. `ValueError` for an unknown arm."""
     if arm not in ARMS:
         raise ValueError(f"arm {arm!r} is not known. Choose from {', '.join(ARMS)}.")
-    fields = fields_of(config)
+    fields = config.own_fields()
     if arm == "moe":
         return SigmaMoeConfig(**fields)
     if arm == "moe_narrow":
@@ -197,31 +193,28 @@ def pretrain(
     if state.is_main_process:
         model = publish_first_run(comparison, data)
         curves, unused = _measure(comparison, args, data, training_args)
-        results = Results(
+        write_comparison(
+            comparison,
+            comparison_args,
+            training_args,
+            data,
+            data_args,
             method="mone",
             title="MoNE, mixture of neuron experts",
             preset=preset,
-            seeds=comparison_args.seeds,
-            command=command_line(),
-            device=device_name(),
-            versions=collect_versions(),
-            wall_seconds=wall_seconds_so_far(root, time.perf_counter() - start),
+            started=start,
             metrics={"held_out_bits_per_character": quality_metric(comparison)}
             | _equal_cost(comparison)
             | _metrics(curves, unused, args),
-            evidence=plan_of(comparison_args, training_args, comparison)
-            | {
+            evidence={
                 "neuron_ratio": args.neuron_ratio,
                 "neuron_aux_loss_coef": args.neuron_aux_loss_coef,
                 "measured_on": {name: arm for name, arm, _ in EQUAL_COST if arm in comparison.fits},
                 "active_parameters": _active_parameters(comparison_args.arms, config, args),
             },
-            data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
             model=describe_model(model),
             figures=_figures(comparison, curves, args),
         )
-        write_results(root, results)
-        print_metrics(results)
     state.wait_for_everyone()
     return root
 

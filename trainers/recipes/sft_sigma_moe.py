@@ -33,10 +33,10 @@ from ..data.tokenizer import END_OF_TURN
 from ..redaction import command_line
 from ..report import Metric, Results, Sample, collect_versions, device_name, write_results
 from .arguments import DataArguments, parse_arguments
+from .description import describe_data, describe_model
 from .language_model import fingerprint_of, require_writable, train_and_save
 from .pretrain_sigma_moe import OPTIMIZER
 from .resume import last_complete_checkpoint
-from .sigma_moe_results import describe_data, describe_model
 
 
 @dataclasses.dataclass

@@ -218,6 +218,7 @@ CHANGED = {
     "num_experts_per_tok_per_layer": [4, 2, 1],
     "scoring_func": "softmax",
     "norm_topk_prob": False,
+    "norm_top1_prob": True,
     "routed_scaling_factor": 2.5,
     "router_aux_loss_type": "top1",
     "router_aux_loss_coef": 0.125,

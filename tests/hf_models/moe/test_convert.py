@@ -377,6 +377,7 @@ def test_a_sliding_window_is_not_exported_to_sigma(tmp_path):
         {},
         {"norm_topk_prob": False},
         {"norm_topk_prob": False, "num_experts_per_tok": 1},
+        {"norm_topk_prob": True, "num_experts_per_tok": 1},
         {"tie_word_embeddings": True},
         {"attention_bias": True},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
@@ -454,7 +455,6 @@ def test_classification_head_converts_with_its_labels(tmp_path):
     [
         {"decoder_sparse_step": 2},
         {"mlp_only_layers": [1]},
-        {"num_experts_per_tok": 1, "norm_topk_prob": True},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -477,6 +477,14 @@ def test_an_expert_bias_in_use_is_not_exported_to_qwen3_moe(tmp_path):
     model.routers[1].e_score_correction_bias[2] = 0.5
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate\.e_score_correction_bias"):
         export_checkpoint(model, tmp_path / "out", "qwen3_moe")
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize("fields", [{"neuron_top_k": 3}, {"neuron_ratio": [0.5, 1.0]}], ids=str)
+@pytest.mark.parametrize("format", ["sigma", "qwen3_moe"])
+def test_a_choice_of_neurons_is_not_exported(tmp_path, format, fields):
+    with pytest.raises(ValueError, match=f"{next(iter(fields))}=.*{format}"):
+        export_checkpoint(ours(num_hidden_layers=2, **fields), tmp_path / "out", format)
     assert left_behind(tmp_path) == []
 
 

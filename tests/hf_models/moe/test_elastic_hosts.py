@@ -305,8 +305,14 @@ def test_the_weight_of_a_single_expert_is_remembered_and_can_be_taken_back(tmp_p
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
-def test_with_one_expert_ours_weighs_by_the_raw_score_and_learns(scoring_func):
-    model = build("m_moe", scoring_func=scoring_func, router_aux_loss_type="none")
+def test_with_one_expert_ours_weighs_by_one_or_by_the_raw_score_and_learns(scoring_func):
+    unit = build("m_moe", scoring_func=scoring_func, router_aux_loss_type="none")
+    unit.set_active_experts(1)
+    assert all(gradient.abs().max() < 1e-6 for gradient in router_gradients(unit))  # rounding of p / p
+    with captured_routing(unit) as calls:
+        logits_of(unit)
+    assert all((call.weights == 1).all() for (call,) in calls)
+    model = build("m_moe", scoring_func=scoring_func, router_aux_loss_type="none", norm_top1_prob=False)
     model.set_active_experts(1)
     assert all(gradient.abs().sum() > 0 for gradient in router_gradients(model))
     with captured_routing(model) as calls:

@@ -123,7 +123,7 @@ def test_every_family_grows_in_experts_experts_per_token_and_layers(name):
     grown = grow_config(config, BOTH)
     assert config.to_dict() == before
     assert type(grown) is type(config)
-    assert growth_config.expert_count(grown) == 18
+    assert growth_config.number_of_experts(grown) == 18
     assert grown.num_experts_per_tok == 3 * config.num_experts_per_tok
     assert grown.num_hidden_layers == 6
     assert expert_layers(grown) == [has for has in expert_layers(config) for _ in range(2)]
@@ -217,6 +217,15 @@ def test_the_scale_of_the_router_is_fixed_only_where_it_changes():
         plan = GrowthPlan(width_factor=2, **changed)
         assert grow_config(host_config("sigma_moe-plain"), plan).routed_scaling_factor == 1.0
         assert grow_config(host_config("sigma_moe-top1"), plan).norm_topk_prob is True
+
+
+def test_one_expert_of_weight_one_grows_without_a_fix():
+    mixed = {"num_experts_per_tok_per_layer": [2, 1, 1], "norm_top1_prob": True}
+    for config in (host_config("sigma_moe-top1", norm_top1_prob=True), host_config("sigma_moe", **mixed)):
+        grown = grow_config(config, WIDTH)
+        assert (grown.norm_topk_prob, grown.norm_top1_prob, grown.routed_scaling_factor) == (True, True, 1.0)
+        exact = GrowthPlan(width_factor=2, noise_alpha=0.0)
+        assert what_changes_the_function(config, exact) == []
 
 
 def test_layers_with_one_expert_among_others_that_renormalise_are_refused():

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 from tests.trainers.recipes.tiny_comparison import TINY
 from trainers.data import train_tokenizer
 from trainers.recipes import comparison as module
+from trainers.recipes.arguments import DataArguments
 from trainers.recipes.comparison import (
     Comparison,
     ComparisonArguments,
@@ -23,15 +25,14 @@ from trainers.recipes.comparison import (
     load_data,
     measured_once,
     plan_of,
-    print_metrics,
     quality_metric,
     run_job,
     run_jobs,
     save_data,
-    wall_seconds_so_far,
+    write_comparison,
 )
 from trainers.recipes.language_model import Fit, LanguageData
-from trainers.report import summarise
+from trainers.report import Model, read_results, summarise
 
 
 SEEDS = [0, 1, 2]
@@ -241,19 +242,35 @@ def test_a_measurement_is_made_once(tmp_path):
     assert [measured_once(tmp_path / "ratio.json", lambda: next(answers)) for _ in range(3)] == [1.25] * 3
 
 
-def test_seconds_of_all_invocations_add_up(tmp_path):
-    assert wall_seconds_so_far(tmp_path, 2.0) == 2.0
-    assert wall_seconds_so_far(tmp_path, 0.5) == 2.5
-
-
-def test_the_screen_shows_every_number(capsys):
-    metrics = {"ours": summarise([1.0, 1.1, 1.2], higher_is_better=False), "b": summarise([2.0, 2.1, 2.2])}
-
-    class Finished:
-        pass
-
-    results = Finished()
-    results.metrics = {"bits": against_baselines(metrics), "single": summarise([3.0])}
-    print_metrics(results)
+def test_what_is_written_holds_the_plan_and_all_seconds_and_the_screen_every_number(tmp_path, data, capsys):
+    comparison = make_comparison(tmp_path, {"ours": [1.0, 1.1, 1.2], "b": [2.0, 2.1, 2.2]})
+    args, base = ComparisonArguments(seeds=SEEDS, learning_rates=[1e-3], note="nothing"), base_arguments(tmp_path)
+    for seconds in (2.0, 4.0):  # two invocations of one command
+        written = write_comparison(
+            comparison,
+            args,
+            base,
+            data,
+            DataArguments(dataset_name="stdlib"),
+            started=time.perf_counter() - seconds,
+            method="mone",
+            title="Title",
+            preset="demo",
+            metrics={"bits": quality_metric(comparison), "single": summarise([3.0])},
+            evidence={"steps": 7, "own": 1},
+            model=Model(parameters_total=3, parameters_active=2, parameters_non_embedding=1),
+        )
+    assert read_results(tmp_path) == written
+    assert written.wall_seconds == pytest.approx(6.0, abs=1.0)
+    assert written.data.fingerprint == data.fingerprint and written.seeds == SEEDS
+    assert (written.evidence["steps"], written.evidence["own"]) == (7, 1)
+    assert written.evidence["changed_after_results_were_seen"] == "nothing"
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["bits: 1.1000 +- 0.1000", "    b: 2.1000 +- 0.1000  holds", "single: 3.0000 +- 0.0000"]
+    assert lines == 2 * ["bits: 1.1000 +- 0.1000", "    b: 2.1000 +- 0.1000  holds", "single: 3.0000 +- 0.0000"]
+
+
+def test_one_rate_is_no_choice(tmp_path):
+    comparison = make_comparison(tmp_path, {"ours": [1.0]}, rate=2e-3)
+    plan = plan_of(ComparisonArguments(learning_rates=[2e-3]), base_arguments(tmp_path), comparison)
+    assert plan["learning_rate_chosen"] == {"ours": 2e-3}
+    assert not {"learning_rate_chosen_on", "learning_rate_at_the_edge_of_the_grid"} & plan.keys()

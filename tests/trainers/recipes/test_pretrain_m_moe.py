@@ -23,7 +23,15 @@ from trainers.data import train_tokenizer
 from trainers.evaluation import ElasticCurve, ElasticPoint
 from trainers.recipes import pretrain_m_moe as recipe
 from trainers.recipes.comparison import Job
-from trainers.recipes.pretrain_m_moe import MMoeArguments, arm_config, build_arm, fixed_k, main, require_measurable
+from trainers.recipes.pretrain_m_moe import (
+    SAMPLED_ARMS,
+    MMoeArguments,
+    arm_config,
+    build_arm,
+    fixed_k,
+    main,
+    require_measurable,
+)
 from trainers.report import read_results
 
 
@@ -84,17 +92,18 @@ def test_names_of_arms(arm, expected):
 @pytest.mark.parametrize("arm", ["fixed_k", "fixed_k-1", "fixed", "k4", "a_fixed_k4", "fixed_k2x", ""])
 def test_other_names_are_refused(arm):
     with pytest.raises(
-        ValueError, match="is not known. Choose from layer, micro_batch, global_batch, capacity, fixed"
+        ValueError, match="is not known. Choose from layer, layer_raw, micro_batch, global_batch, capacity, fixed"
     ):
         fixed_k(arm)
 
 
 def test_arms_draw_as_their_names_say():
     args = MMoeArguments(k_min=2, k_max=5, default_k=3)
-    configs = {arm: arm_config(arm, HOST, args) for arm in ("layer", "micro_batch", "global_batch", "capacity")}
+    configs = {arm: arm_config(arm, HOST, args) for arm in SAMPLED_ARMS}
     assert all(isinstance(c, MMoeConfig) and c.k_range == (2, 5) for c in configs.values())
-    assert [c.k_sampling for c in configs.values()] == ["layer", "micro_batch", "global_batch", "layer"]
-    assert [c.k_distribution for c in configs.values()] == ["uniform"] * 3 + ["capacity"]
+    assert [c.k_sampling for c in configs.values()] == ["layer", "layer", "micro_batch", "global_batch", "layer"]
+    assert [c.k_distribution for c in configs.values()] == ["uniform"] * 4 + ["capacity"]
+    assert [c.norm_top1_prob for c in configs.values()] == [True, False, True, True, True]
     assert {c.num_experts_per_tok for c in configs.values()} == {3}
     fixed = arm_config("fixed_k5", HOST, args)
     assert type(fixed) is SigmaMoeConfig and fixed.top_k_per_layer == [5, 5] and fixed.k_sampling == "none"
@@ -147,8 +156,10 @@ def test_what_would_fail_after_training_fails_before(arms, fields, error, messag
 
 
 def test_a_budget_that_is_not_searched_need_not_fit():
-    require_measurable(["layer"], HOST, MMoeArguments(layer_budget=0.0))
-    require_measurable(["fixed_k2", "layer"], HOST, MMoeArguments(layer_budget=1.3))
+    with pytest.raises(ValueError, match="1.3"):
+        require_measurable(["layer"], HOST, MMoeArguments(layer_budget=1.3))
+    for arms, budget in ((["layer"], 0.0), (["fixed_k2", "layer"], 1.3)):
+        assert require_measurable(arms, HOST, MMoeArguments(layer_budget=budget)) is None
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
