@@ -94,13 +94,13 @@ PRESETS = {
     # Fixed before any result was seen; what was changed since is in the `note` of the committed results.
     "evidence": SMALL_RUN
     | {
-        "arms": ["layer", "micro_batch", "global_batch", "fixed_k1", "fixed_k2", "fixed_k4", "fixed_k6"],
+        "arms": ["layer", "layer_raw", "micro_batch", "global_batch", "fixed_k1", "fixed_k2", "fixed_k4", "fixed_k6"],
         "seeds": [0, 1, 2],
-        "learning_rates": [2e-3],  # one for all arms: the budget went into seeds
+        "learning_rates": [2e-3, 4e-3],
         "output_dir": "runs/m_moe_evidence",
-        "max_steps": 240,
-        "warmup_steps": 24,
-        "lr_scheduler_kwargs": {"num_decay_steps": 72, "min_lr_ratio": 0.05},
+        "max_steps": 480,
+        "warmup_steps": 48,
+        "lr_scheduler_kwargs": {"num_decay_steps": 144, "min_lr_ratio": 0.05},
         "logging_steps": 20,
     },
     # Shape and range as far as they are known (20B, 56 layers, 96 experts, k in 1..6); optimizer and batch were not
