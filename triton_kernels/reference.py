@@ -92,3 +92,15 @@ def masked_neuron_mlp(
         rows = F.linear(activated * up * keep, down_proj[expert])
         out = out.index_add(0, token, rows * top_k_weights[token, slot, None].to(rows.dtype))
     return out
+
+
+def polar_factor(matrix: torch.Tensor, *, rtol: float | None = None) -> torch.Tensor:
+    """`sign(W) = U_r V_r^T` of one matrix `(m, n)`, a rank-one term for each singular value above `rtol * s_1`; by
+    default `rtol = max(m, n) * eps`."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    rtol = max(matrix.shape) * torch.finfo(matrix.dtype).eps if rtol is None else rtol
+    out = torch.zeros_like(matrix)
+    for i in range(len(s)):
+        if s[i] > rtol * s[0]:
+            out = out + torch.outer(u[:, i], vt[i])
+    return out

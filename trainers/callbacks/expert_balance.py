@@ -5,13 +5,11 @@ import json
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.utils import logging
 
+from ..reliability.events import EventLog
 from ..report import write_text_atomically
 from .installation import add_to_log, routed_model
 
-
-logger = logging.get_logger(__name__)
 
 RECORDED = (
     "max_deviation",
@@ -69,6 +67,7 @@ class ExpertBalanceCallback(TrainerCallback):
             )
         routed_model(model).routing_window.managed = True
         self._file = Path(self.path) if self.path is not None else Path(args.output_dir) / "logs" / "balance.jsonl"
+        self._events = EventLog(args.output_dir) if state.is_world_process_zero else None
         if state.is_world_process_zero:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             # A killed run has written steps that the checkpoint it resumes from does not have.
@@ -140,7 +139,14 @@ class ExpertBalanceCallback(TrainerCallback):
     def _warn_once(self, alarm: str, record: dict, message: str) -> None:
         if (alarm, record["layer"]) not in self._warned:
             self._warned.add((alarm, record["layer"]))
-            logger.warning(f"step {record['step']}, layer {record['layer']}: {message}")
+            if self._events is not None:
+                self._events.record(
+                    "expert_balance",
+                    "warning",
+                    step=record["step"],
+                    message=f"layer {record['layer']}: {message}",
+                    evidence={"alarm": alarm, **{field: record[field] for field in ("layer", "top_k", *RECORDED)}},
+                )
 
 
 def _lines(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from hf_models.moe import SigmaMoeForSequenceClassification
 from tests.trainers.callbacks.test_installation import EXPERTS, LAYERS, SEQUENCE, make_model, train
 from trainers.callbacks import ExpertBalanceCallback, ProgressiveSparsificationCallback
+from trainers.reliability.events import read_events
 
 
 RATE = 0.01
@@ -192,43 +193,44 @@ def test_no_rate_no_bias(tmp_path):
 # --- alarms ----------------------------------------------------------------------------------------------------------
 
 
-def warnings_of(caplog, model, folder, **options):
-    with caplog.at_level("WARNING", logger="trainers.callbacks.expert_balance"):
-        train(model, folder, ExpertBalanceCallback(), learning_rate=0.0, **options)
-    return [record.getMessage() for record in caplog.records if record.name == "trainers.callbacks.expert_balance"]
+def warnings_of(model, folder, **options):
+    train(model, folder, ExpertBalanceCallback(), learning_rate=0.0, **options)
+    events = read_events(folder, component="expert_balance")
+    assert {event.severity for event in events} <= {"warning"}
+    return [event.message for event in events]
 
 
-def test_shortcut_alarm_on_a_flat_router(tmp_path, caplog):
+def test_shortcut_alarm_on_a_flat_router(tmp_path):
     model = make_model()
     torch.nn.init.zeros_(model.routers[1].weight)  # equal scores: every token takes the same expert
-    messages = warnings_of(caplog, model, tmp_path, max_steps=3)
+    messages = warnings_of(model, tmp_path, max_steps=3)
     assert [row["load_balancing_loss"] for row in rows_of(tmp_path) if row["layer"] == 1] == [1.0] * 3
     [message] = [m for m in messages if "layer 1" in m]  # once, not at every step
     assert "the busiest expert has 4.0 times the mean load" in message and "progressive sparsification" in message
 
 
-def test_no_alarm_on_a_balanced_router(tmp_path, caplog):
+def test_no_alarm_on_a_balanced_router(tmp_path):
     model = make_model(num_experts_per_tok=EXPERTS)  # every expert, every token
-    assert warnings_of(caplog, model, tmp_path) == []
+    assert warnings_of(model, tmp_path) == []
     assert {row["load_balancing_loss"] for row in rows_of(tmp_path)} == {1.0}
 
 
-def test_no_shortcut_alarm_where_the_loss_tells(tmp_path, caplog):
+def test_no_shortcut_alarm_where_the_loss_tells(tmp_path):
     model = make_model()
     for router in model.routers:
         # One expert takes all tokens with certainty, which the loss shows.
         torch.nn.init.zeros_(router.weight)
         router.register_forward_pre_hook(lambda module, args: (args[0].abs(),))
         router.weight.data[0] = 100.0
-    assert warnings_of(caplog, model, tmp_path) == []
+    assert warnings_of(model, tmp_path) == []
     assert min(row["load_balancing_loss"] for row in rows_of(tmp_path)) > EXPERTS - 0.01
 
 
-def test_bias_alarm(tmp_path, caplog):
+def test_bias_alarm(tmp_path):
     model = make_model(num_experts_per_tok=EXPERTS, expert_bias_update_rate=RATE)
     model.routers[0].e_score_correction_bias[0] = 0.6
     model.routers[1].e_score_correction_bias[0] = 0.4
-    [message] = warnings_of(caplog, model, tmp_path)
+    [message] = warnings_of(model, tmp_path)
     assert "layer 0" in message and "expert_bias_cap" in message
 
 
