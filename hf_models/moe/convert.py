@@ -83,8 +83,7 @@ _SIGMA_REQUIRED = """
     vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads moe_intermediate_size
     n_routed_experts num_experts_per_tok norm_topk_prob scoring_func rms_norm_eps
 """.split()
-# Keys of Sigma-V2 files that no computation reads, or that are read apart: there is no dense layer, no use of the
-# window was ever seen, and the balance loss is a matter of training.
+# Keys of Sigma-V2 files that no computation reads (no use of the window was ever seen), or that are read apart.
 _SIGMA_KNOWN = """
     model_type architectures auto_map transformers_version torch_dtype topk_method n_routed_experts rope_theta
     layer_types intermediate_size sliding_window seq_aux
@@ -331,9 +330,8 @@ def _refuse_beyond_both(config: SigmaMoeConfig, format: str) -> None:
         )
     for field in ("neuron_top_k", "neuron_ratio"):
         if getattr(config, field) is not None:
-            raise ValueError(
-                f"{field}={getattr(config, field)} cannot be written as {format!r}, whose experts use all neurons."
-            )
+            value = getattr(config, field)
+            raise ValueError(f"{field}={value} cannot be written as {format!r}, whose experts use all neurons.")
 
 
 def _refuse_beyond_qwen3_moe(config: SigmaMoeConfig) -> None:

@@ -2,10 +2,10 @@
 
 import argparse
 
-from . import decode, step
+from . import decode, reliability, step
 
 
-BENCHMARKS = {"decode": decode, "step": step}
+BENCHMARKS = {"decode": decode, "reliability": reliability, "step": step}
 
 
 def main(arguments: list[str] | None = None) -> None:

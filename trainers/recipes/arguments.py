@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
@@ -39,6 +39,26 @@ class DataArguments:
     sequence_length: int = 256
     max_eval_blocks: int | None = dataclasses.field(
         default=None, metadata={"help": "Evaluate on at most this many held-out blocks, taken evenly."}
+    )
+
+
+@dataclasses.dataclass
+class RecipeTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, and what every recipe has beyond: MSign around the optimizer, and the reliability suite."""
+
+    optimizer: Literal["base", "msign"] = dataclasses.field(
+        default="base", metadata={"help": "base: what --optim names, alone; msign: MSign around it."}
+    )
+    msign_period: int = dataclasses.field(default=100, metadata={"help": "Optimizer steps between applications."})
+    msign_targets: str = dataclasses.field(
+        default="attention", metadata={"help": "attention, all_2d, or a regular expression of parameter names."}
+    )
+    reliability: Literal["off", "on", "rollback"] = dataclasses.field(
+        default="off",
+        metadata={
+            "help": "on: the recommended set of trainers.reliability, which skips steps with NaN; rollback: it goes "
+            "back to the last valid checkpoint instead, at loss spikes too."
+        },
     )
 
 

@@ -21,7 +21,7 @@ from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 from ..benchmarks.alternating_blocks import time_alternately
 from ..figures import balance_figure, comparison_figure
 from ..report import FigureFile, Metric, Results
-from .arguments import DataArguments, parse_arguments
+from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments
 from .comparison import (
     BITS,
     Comparison,
@@ -200,7 +200,7 @@ def _figures(comparison: Comparison) -> list[FigureFile]:
 
 def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
-    types = (CompareArguments, SigmaMoeArguments, DataArguments, TrainingArguments)
+    types = (CompareArguments, SigmaMoeArguments, DataArguments, RecipeTrainingArguments)
     _, (args, model_args, data_args, training_args) = parse_arguments(types, PRESETS, argv, default_preset="evidence")
     compare(args, model_args, data_args, training_args)
 

@@ -10,11 +10,12 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -76,8 +77,18 @@ class Job:
         return root / "runs" / self.arm / f"lr{self.learning_rate:g}-seed{self.seed}"
 
 
+class Start(NamedTuple):
+    """What a run starts from. `optimizer`: Trainer's `optimizer_cls_and_kwargs`; `arguments`: training arguments in
+    which the arm differs."""
+
+    model: PreTrainedModel
+    callbacks: list[TrainerCallback]
+    optimizer: tuple[type, dict[str, Any]] | None = None
+    arguments: Mapping[str, Any] = MappingProxyType({})
+
+
 # A function of the module's top level, or a partial of one: workers are processes of their own.
-Build = Callable[[Job, LanguageData], tuple[PreTrainedModel, list[TrainerCallback]]]
+Build = Callable[[Job, LanguageData], Start | tuple[PreTrainedModel, list[TrainerCallback]]]
 
 
 @dataclasses.dataclass
@@ -171,6 +182,7 @@ def _run_in_worker(job: Job, base: TrainingArguments, fingerprint: str, build: B
 
 def run_job(job: Job, base: TrainingArguments, data: LanguageData, build: Build) -> Fit:
     """One run, into its folder under that of `base`."""
+    start = Start(*build(job, data))
     args = training_arguments_of(
         base,
         output_dir=str(job.folder(Path(base.output_dir))),
@@ -179,9 +191,9 @@ def run_job(job: Job, base: TrainingArguments, data: LanguageData, build: Build)
         max_steps=job.steps,
         data_seed=job.data_seed,
         resume_from_checkpoint=None,  # each run goes on from its own checkpoints
+        **start.arguments,
     )
-    model, callbacks = build(job, data)
-    result = fit(job.arm, model, data, args, callbacks)
+    result = fit(job.arm, start.model, data, args, start.callbacks, optimizer=start.optimizer)
     PartialState().wait_for_everyone()  # others may load what the first rank has saved
     return result
 

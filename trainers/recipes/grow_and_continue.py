@@ -43,7 +43,7 @@ from hf_models.moe.growth_advice import advise, chinchilla_flops, norm_profile, 
 from ..callbacks import ExpertBalanceCallback
 from ..figures import comparison_figure, elastic_figure
 from ..report import FigureFile, Metric, summarise
-from .arguments import DataArguments, parse_arguments, training_arguments_of
+from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments, training_arguments_of
 from .comparison import (
     BITS,
     Comparison,
@@ -441,7 +441,7 @@ def _described(model: PreTrainedModel):
 
 def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
-    types = (ComparisonArguments, GrowthArguments, DataArguments, TrainingArguments)
+    types = (ComparisonArguments, GrowthArguments, DataArguments, RecipeTrainingArguments)
     preset, (comparison_args, args, data_args, training_args) = parse_arguments(
         types, PRESETS, argv, default_preset="demo"
     )

@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -26,12 +25,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..callbacks import ProgressiveSparsificationCallback, ThroughputCallback, install_callbacks
+from ..callbacks import ProgressiveSparsificationCallback
 from ..data import corpus_fingerprint, load_text_dataset, load_tokenizer, pack_documents, train_tokenizer
 from ..evaluation import held_out_loss
+from ..reliability.checkpoints import find_last_valid_checkpoint
 from ..report import write_text_atomically
 from .arguments import DataArguments
-from .resume import last_complete_checkpoint
+from .training import build_trainer, train
 
 
 logger = logging.get_logger(__name__)
@@ -122,8 +122,11 @@ def fit(
     data: LanguageData,
     args: TrainingArguments,
     callbacks: Sequence[TrainerCallback] = (),
+    *,
+    optimizer: tuple[type, dict] | None = None,
 ) -> Fit:
     """Train `model` into `args.output_dir` and leave it in its trained state; what came out is kept in `fit.json`.
+    `optimizer`: Trainer's `optimizer_cls_and_kwargs`; by default what the arguments say.
 
     Called again in the same folder with the same configuration it goes on from the last complete checkpoint, or, if
     the run was finished, only loads. Raises `ValueError` if the folder holds a run with another configuration.
@@ -137,30 +140,42 @@ def fit(
         _restore_weights(model, folder)
         return known
 
-    trainer = Trainer(
-        model=model,
-        args=args,
+    trainer = build_trainer(
+        model,
+        args,
+        callbacks,
+        optimizer=optimizer,
         train_dataset=data.train,
         eval_dataset=data.validation,
         data_collator=default_data_collator,
         processing_class=data.tokenizer,
     )
-    install_callbacks(trainer, *callbacks, ThroughputCallback())
-    if args.disable_tqdm:  # Trainer would print every log line instead, from each of several runs at a time
-        trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / FIT_NAME, json.dumps({"signature": signature}))
-    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(folder)
+    checkpoint = args.resume_from_checkpoint or find_last_valid_checkpoint(folder)
     start = time.perf_counter()
     train_and_save(trainer, Path(checkpoint) if checkpoint else None)
     logger.info(f"{name}: {time.perf_counter() - start:.0f} s with evaluation and saving")
 
-    held_out = held_out_loss(model, data.validation, data.tokenizer, batch_size=args.per_device_eval_batch_size)
+    result = _measured(name, trainer, data)
+    if trainer.is_world_process_zero():
+        write_text_atomically(
+            folder / FIT_NAME, json.dumps({"signature": signature, "fit": dataclasses.asdict(result)}, indent=1)
+        )
+    return result
+
+
+def _measured(name: str, trainer: Trainer, data: LanguageData) -> Fit:
+    """What a run came to, with its held-out loss."""
+    args = trainer.args
+    held_out = held_out_loss(
+        trainer.model, data.validation, data.tokenizer, batch_size=args.per_device_eval_batch_size
+    )
     sequence_length = len(data.validation[0]["input_ids"])
     tokens = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     tokens *= sequence_length
-    result = Fit(
+    return Fit(
         name=name,
         seed=args.seed,
         steps=trainer.state.global_step,
@@ -169,14 +184,9 @@ def fit(
         train_seconds=_steady_seconds(trainer.state.log_history, trainer.state.global_step),
         nats_per_token=held_out.nats_per_token,
         bits_per_character=held_out.bits_per_character,
-        parameters=model.num_parameters(),
+        parameters=trainer.model.num_parameters(),
         history=trainer.state.log_history,
     )
-    if trainer.is_world_process_zero():
-        write_text_atomically(
-            folder / FIT_NAME, json.dumps({"signature": signature, "fit": dataclasses.asdict(result)}, indent=1)
-        )
-    return result
 
 
 def train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
@@ -193,7 +203,7 @@ def train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
             # Killed between the last checkpoint and the end of the run: Trainer would make one more step.
             trainer.state = state
         else:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            train(trainer, checkpoint)
         trainer.save_model()
     except (OSError, RuntimeError, SafetensorError) as error:
         if not _is_about_the_disk(error):
@@ -263,6 +273,7 @@ def _signature(
         "disable_tqdm",
         "run_name",
         "trackio",
+        "reliability",
     )
     options = {k: v for k, v in args.to_sanitized_dict().items() if not any(word in k for word in ignored)}
     schedules = [(c.unit, c.stages) for c in callbacks if isinstance(c, ProgressiveSparsificationCallback)]
@@ -292,7 +303,7 @@ def _start_of(model: PreTrainedModel) -> str:
 def _read_fit(folder: Path, signature: str) -> Fit | None:
     file = folder / FIT_NAME
     if not file.exists():
-        if last_complete_checkpoint(folder) is not None:
+        if find_last_valid_checkpoint(folder) is not None:
             raise ValueError(f"{folder} holds checkpoints of another run. Choose another --output_dir, or delete it.")
         return None
     content = json.loads(file.read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ from ..callbacks import ExpertBalanceCallback, MatryoshkaExpertsCallback
 from ..evaluation import ElasticCurve, evaluate_elastic, search_layer_budget
 from ..figures import elastic_figure
 from ..report import FigureFile, Metric, summarise
-from .arguments import DataArguments, parse_arguments
+from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments
 from .comparison import (
     Comparison,
     ComparisonArguments,
@@ -352,7 +352,7 @@ def _figures(curves: dict[str, list[ElasticCurve]], root: Path) -> list[FigureFi
 
 def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
-    types = (ComparisonArguments, MMoeArguments, DataArguments, TrainingArguments)
+    types = (ComparisonArguments, MMoeArguments, DataArguments, RecipeTrainingArguments)
     preset, (comparison_args, args, data_args, training_args) = parse_arguments(
         types, PRESETS, argv, default_preset="demo"
     )

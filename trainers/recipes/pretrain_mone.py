@@ -36,7 +36,7 @@ from ..callbacks import ExpertBalanceCallback
 from ..evaluation import evaluate_neuron_ratios, neuron_use, unused_share
 from ..figures import comparison_figure, loss_figure
 from ..report import FigureFile, Metric, summarise
-from .arguments import DataArguments, parse_arguments
+from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments
 from .comparison import (
     BITS,
     Comparison,
@@ -314,7 +314,7 @@ def _figures(comparison: Comparison, curves: Curves, args: MoneArguments) -> lis
 
 def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
-    types = (ComparisonArguments, MoneArguments, DataArguments, TrainingArguments)
+    types = (ComparisonArguments, MoneArguments, DataArguments, RecipeTrainingArguments)
     preset, (comparison_args, args, data_args, training_args) = parse_arguments(
         types, PRESETS, argv, default_preset="demo"
     )

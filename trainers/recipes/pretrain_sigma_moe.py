@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from hf_models.moe import SIGMA_MOE_TINY_INITIAL_TOP_K, SigmaMoeConfig
 
-from .arguments import DataArguments, parse_arguments, training_arguments_of
+from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments, training_arguments_of
 from .language_model import Fit, LanguageData, fit, prepare_language_data, require_writable
 from .sigma_moe_arms import ARMS, Schedule, build_arm
 from .sigma_moe_probes import LiveBalanceFigure, SwitchProbe
@@ -209,7 +209,7 @@ def _require_equal(reloaded: PreTrainedModel, trained: PreTrainedModel, tokenize
 def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     preset, (args, data_args, training_args) = parse_arguments(
-        (SigmaMoeArguments, DataArguments, TrainingArguments), PRESETS, argv, default_preset="demo"
+        (SigmaMoeArguments, DataArguments, RecipeTrainingArguments), PRESETS, argv, default_preset="demo"
     )
     # Known before hours of training, not after.
     unknown = sorted(set(args.baselines) - {*ARMS, "dense_equal_seconds"})

@@ -21,22 +21,22 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 
 from hf_models.moe import SigmaMoeConfig
 
-from ..callbacks import ExpertBalanceCallback, ThroughputCallback, install_callbacks
+from ..callbacks import ExpertBalanceCallback
 from ..data import chat_examples, load_chat_dataset, load_tokenizer
 from ..data.tokenizer import END_OF_TURN
 from ..redaction import command_line
+from ..reliability.checkpoints import find_last_valid_checkpoint
 from ..report import Metric, Results, Sample, collect_versions, device_name, write_results
-from .arguments import DataArguments, parse_arguments
+from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments
 from .description import describe_data, describe_model
 from .language_model import fingerprint_of, require_writable, train_and_save
 from .pretrain_sigma_moe import OPTIMIZER
-from .resume import last_complete_checkpoint
+from .training import build_trainer
 
 
 @dataclasses.dataclass
@@ -153,20 +153,21 @@ def post_train(preset: str, args: SftArguments, data_args: DataArguments, traini
     model = load_for_context(args.model_name_or_path, data_args.sequence_length, args.rope_theta)
     conversations, examples = prepare_chat_data(args, data_args, training_args, tokenizer)
     model.generation_config.eos_token_id = stop_tokens(tokenizer)
-    trainer = Trainer(
-        model=model,
-        args=training_args,
+    trainer = build_trainer(
+        model,
+        training_args,
+        [ExpertBalanceCallback()],
         train_dataset=examples["train"],
         eval_dataset=examples["validation"],
         data_collator=DataCollatorForSeq2Seq(tokenizer, model=None, label_pad_token_id=-100, pad_to_multiple_of=8),
         processing_class=tokenizer,
     )
-    install_callbacks(trainer, ExpertBalanceCallback(), ThroughputCallback())
     before = trainer.evaluate()["eval_loss"]
-    checkpoint = training_args.resume_from_checkpoint or last_complete_checkpoint(folder)
+    checkpoint = training_args.resume_from_checkpoint or find_last_valid_checkpoint(folder)
     train_and_save(trainer, Path(checkpoint) if checkpoint else None)
     after = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
+        base = _hub_id(args.model_name_or_path)
         results = Results(
             method="sigma_moe",
             title="Sigma-MoE, post-trained",
@@ -190,13 +191,14 @@ def post_train(preset: str, args: SftArguments, data_args: DataArguments, traini
                 "sequence_length": data_args.sequence_length,
                 "rope_theta": model.config.rope_parameters["rope_theta"],
                 "learning_rate": training_args.learning_rate,
+                "continued_from": base or Path(args.model_name_or_path).resolve().name,
             },
             data=describe_data(
                 data_args,
                 fingerprint_of(conversations, data_args, column="messages"),
                 "conversations; loss on the assistant's turns only",
             ),
-            model=dataclasses.replace(describe_model(model), base=_hub_id(args.model_name_or_path)),
+            model=dataclasses.replace(describe_model(model), base=base),
             samples=_samples(model, tokenizer, conversations["validation"]),
         )
         write_results(folder, results)
@@ -227,7 +229,7 @@ def _samples(
 
 def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
-    types = (SftArguments, DataArguments, TrainingArguments)
+    types = (SftArguments, DataArguments, RecipeTrainingArguments)
     preset, (args, data_args, training_args) = parse_arguments(types, PRESETS, argv, default_preset="demo")
     try:
         post_train(preset, args, data_args, training_args)

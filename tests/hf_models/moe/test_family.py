@@ -52,6 +52,7 @@ FIELDS = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "scoring_func": "softmax",
+    "norm_top1_prob": False,
     # All three methods at once.
     "num_experts_per_tok_per_layer": [4, 2, 1],
     "neuron_ratio": [0.5, 0.25, 0.75],

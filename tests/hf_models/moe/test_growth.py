@@ -198,7 +198,9 @@ def test_a_dial_that_growth_would_lose_is_refused():
 def test_drawn_numbers_that_cross_one_expert_are_reported():
     model = host("m_moe")
     model.config.k_min, model.config.k_max, model.config.k_sampling = 1, 3, "layer"
-    assert model.config.norm_topk_prob
+    assert model.config.norm_topk_prob and model.config.norm_top1_prob
+    assert not any("k_min" in reason for reason in what_changes_the_function(model.config, EXACT_WIDTH))
+    model.config.norm_top1_prob = False
     assert any("k_min=1" in reason for reason in what_changes_the_function(model.config, EXACT_WIDTH))
     model.config.k_min = 2
     assert not any("k_min" in reason for reason in what_changes_the_function(model.config, EXACT_WIDTH))

@@ -1,11 +1,14 @@
 import time
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
+from hf_models.moe import SIGMA_MOE_TINY_INITIAL_TOP_K, SigmaMoeConfig
 from tests.trainers.callbacks.test_installation import SEQUENCE, make_model, train
 from trainers.callbacks import ThroughputCallback
-from trainers.callbacks.throughput import flops_per_token
+from trainers.callbacks.throughput import flops_per_token, gemm_flops_per_token
 
 
 def make_dense(tied: bool) -> Qwen3ForCausalLM:
@@ -112,9 +115,49 @@ def test_flops_of_sigma_moe_count_the_experts_in_force(top_k, tied):
     model = make_model(tie_word_embeddings=tied)
     model.set_experts_per_token(top_k)
     experts = sum(top_k) if isinstance(top_k, list) else 2 * top_k
-    parameters = 2 * (BLOCK + 4 * 16) + experts * 3 * 16 * 8 + 16 + 40 * 16  # routers, experts, last norm, head
-    scores = 12 * 2 * (2 * 8) * 100  # layers, width of the heads together, sequence
-    assert flops_per_token(model, 100) == 6 * parameters + scores
+    products = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 4 * 16)  # q, k and v, output, routers; norms multiply nothing
+    products += experts * 3 * 16 * 8 + 40 * 16  # the head, tied or not
+    scores = 2 * 100 * 16  # layers, half of 2 * sequence, width of the heads together
+    assert flops_per_token(model, 100) == 6 * (products + scores)
+
+
+def test_flops_are_those_that_torch_counts():
+    """Every matrix product of forward and backward of a model with another k in each layer. Attention that is computed
+    as two whole products counts twice its causal half."""
+    rows, sequence, layers = 3, 16, 3
+    model = make_model(num_hidden_layers=layers, num_experts_per_tok_per_layer=[4, 2, 1], attn_implementation="eager")
+    model.set_experts_implementation("eager")
+    ids = torch.randint(0, 40, (rows, sequence))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    acausal_half = 3 * 2 * layers * sequence * 16
+    assert counter.get_total_flops() == rows * sequence * (flops_per_token(model, sequence) + acausal_half)
+
+
+def test_published_flops_of_sigma_moe_tiny():
+    """Check numbers of the digest, at 4096 tokens: without the routers' product, with it, and with the first stage."""
+    config = SigmaMoeConfig()
+    one = gemm_flops_per_token(config, 4096, [1] * config.num_hidden_layers)
+    routers = 6 * config.num_hidden_layers * config.hidden_size * config.num_experts
+    assert (one - routers) / 1e9 == pytest.approx(7.1286, abs=5e-5)
+    assert one / 1e9 == pytest.approx(7.1781, abs=1e-4)  # cut off there, not rounded
+    assert gemm_flops_per_token(config, 4096, SIGMA_MOE_TINY_INITIAL_TOP_K) / 1e9 == pytest.approx(7.8577, abs=1e-4)
+    assert gemm_flops_per_token(config, 4096) == gemm_flops_per_token(config, 4096, config.top_k_per_layer)
+
+
+def test_a_second_training_counts_once(tmp_path):
+    """After an exception, as a rollback is one, the hook of the first training is still there."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    callback, model = ThroughputCallback(warmup_steps=1), make_model()
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tmp_path, callback, Stop())
+    train(model, tmp_path, callback)
+    assert callback.steady_tokens == 3 * 2 * SEQUENCE and not model._forward_pre_hooks
 
 
 @pytest.mark.parametrize("tied", [False, True])

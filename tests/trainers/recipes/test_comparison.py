@@ -19,6 +19,7 @@ from trainers.recipes.comparison import (
     Comparison,
     ComparisonArguments,
     Job,
+    Start,
     against_baselines,
     best_learning_rate,
     compare_arms,
@@ -132,8 +133,8 @@ def test_a_rate_that_diverged_is_not_the_best_and_an_arm_that_always_does_is_nam
 def test_a_run_is_told_its_seed_rate_steps_and_order(monkeypatch, tmp_path, data):
     seen = {}
 
-    def fit(name, model, data, args, callbacks):
-        seen.update(name=name, model=model, callbacks=callbacks, args=args)
+    def fit(name, model, data, args, callbacks, *, optimizer):
+        seen.update(name=name, model=model, callbacks=callbacks, args=args, optimizer=optimizer)
 
     monkeypatch.setattr(module, "fit", fit)
     base = base_arguments(tmp_path, learning_rate=0.5, seed=9, resume_from_checkpoint="of another run")
@@ -144,6 +145,10 @@ def test_a_run_is_told_its_seed_rate_steps_and_order(monkeypatch, tmp_path, data
     assert args.resume_from_checkpoint is None
     assert args.output_dir == str(tmp_path / "run" / "runs" / "ours" / "lr0.001-seed2")
     assert (base.seed, base.learning_rate, base.max_steps) == (9, 0.5, 10)
+    assert seen["optimizer"] is None and args.max_grad_norm == base.max_grad_norm
+    own = Start("model", [], (torch.optim.SGD, {"lr": 1.0}), {"max_grad_norm": 0.0})
+    run_job(Job("ours", 2, 1e-3, 7), base, data, lambda job, data: own)
+    assert seen["optimizer"] == own.optimizer and seen["args"].max_grad_norm == 0.0
 
 
 def tiny_or_nothing(job, data):

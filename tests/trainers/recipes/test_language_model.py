@@ -189,7 +189,7 @@ def test_the_checkpoint_before_a_damaged_one(finished, data, tmp_path, caplog, d
     folder, model, result = finished
     interrupted(folder, tmp_path, 4, checkpoints=2)
     damage(tmp_path / "checkpoint-4")
-    with caplog.at_level(logging.WARNING, logger="trainers.recipes.resume"):
+    with caplog.at_level(logging.WARNING, logger="trainers.reliability.checkpoints"):
         resumed, again = run(tmp_path, data)
     assert "checkpoint-4 is incomplete" in caplog.text
     assert_same_weights(resumed, model)

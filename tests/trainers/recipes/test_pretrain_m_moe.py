@@ -52,8 +52,8 @@ def test_presets_are_options_of_the_recipe(preset):
 
 def test_the_evidence_has_the_draws_of_the_paper_and_a_specialist_at_each_of_its_numbers():
     _, comparison, args, *_ = arguments_of(recipe, MMoeArguments, "--preset", "evidence")
-    assert comparison.arms[:3] == ["layer", "micro_batch", "global_batch"]
-    assert [fixed_k(arm) for arm in comparison.arms[3:]] == [1, 2, 4, 6]
+    assert comparison.arms[:4] == ["layer", "layer_raw", "micro_batch", "global_batch"]
+    assert [fixed_k(arm) for arm in comparison.arms[4:]] == [1, 2, 4, 6]
     assert {1, 2, 4, 6} <= set(args.evaluate_at) and (args.k_min, args.k_max) == (1, 6)
     assert len(comparison.seeds) >= 3
 
