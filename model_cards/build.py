@@ -42,6 +42,7 @@ TASKS = {
     "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),  # GPT-2
     "Model": ("AutoModel", "feature-extraction"),
 }
 

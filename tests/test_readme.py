@@ -1,25 +1,29 @@
 """The README's promises: its code runs, its commands exist, its table names the fifteen methods."""
 
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
 
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 from hf_models.moe.elastic import experts_in_force
 from hf_models.moe.growth import GrowthPlan, grow_model
 from trainers.data import train_tokenizer
+from trainers.reliability import find_last_valid_checkpoint
+from trainers.reliability.goodput import read_goodput
 from trainers.report import read_results
 
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOAD, TRAIN, MONE, M_MOE, GROWTH, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOAD, TRAIN, MONE, M_MOE, GROWTH, RELIABILITY, MSIGN, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_load_example_generates(tmp_path, monkeypatch, capsys):
@@ -79,6 +83,21 @@ def test_the_dial_example_turns_ours_and_others():
         assert names["tokens"].shape == (1, 13)
 
 
+def test_the_reliability_and_msign_examples_train(tmp_path):
+    ids = torch.randint(0, 50, (8, 16)).tolist()
+    args = TrainingArguments(str(tmp_path / "run"), max_steps=4, save_steps=2, use_cpu=True, report_to="none")
+    names = {"my_dataset": Dataset.from_dict({"input_ids": ids, "labels": ids}), "model": tiny_sigma_moe()}
+    names["trainer"] = Trainer(names["model"], args, train_dataset=names["my_dataset"])
+    exec(compile(RELIABILITY, "README", "exec"), names)
+    names["trainer"].train()
+    assert find_last_valid_checkpoint(tmp_path / "run").name == "checkpoint-4"
+    assert read_goodput(tmp_path / "run").attempts == {"succeeded": 1}
+    exec(compile(MSIGN.replace("period=100", "period=2"), "README", "exec"), names)
+    names["trainer"].train()
+    s = torch.linalg.svdvals(names["model"].model.layers[0].self_attn.o_proj.weight.detach())
+    torch.testing.assert_close(s, s.mean().expand_as(s), rtol=1e-2, atol=0)
+
+
 @torch.no_grad()
 def test_the_growth_example_grows_and_the_exact_ways_are_exact():
     model, ids = tiny_sigma_moe(), torch.arange(5)[None]
@@ -100,12 +119,20 @@ def test_the_experts_example_switches_and_computes():
     torch.testing.assert_close(model(ids).logits, expected)
 
 
-def test_every_command_of_the_table_answers():
-    modules = sorted(set(re.findall(r"-m ((?:trainers|hf_models|model_cards|sigma_kernels)[\w.]+)", README)))
-    assert len(modules) >= 9
-    for module in modules:
-        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, f"{module}: {done.stderr[-500:]}"
+COMMANDS = sorted(set(re.findall(r"-m ((?:trainers|hf_models|model_cards|sigma_kernels)[\w.]+)", README)))
+
+
+def test_the_table_has_its_commands():
+    assert len(COMMANDS) >= 15 and "trainers.recipes.pretrain_sigma_moe" in COMMANDS
+    for module in COMMANDS:
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.slow  # each imports torch and transformers anew
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_command_of_the_table_answers(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, f"{module}: {done.stderr[-500:]}"
 
 
 def test_the_table_has_fifteen_methods_and_its_links_exist():
@@ -166,6 +193,22 @@ def test_the_numbers_of_m_moe_are_those_of_the_committed_results():
     assert {at[k]["fixed_k4"].verdict for k in (2, 3, 4, 5, 6, 8)} == {"fails"}
     drawn = ("layer_raw", "micro_batch", "global_batch")
     assert {at[k][arm].verdict for k in at for arm in drawn} == {"null"}
+
+
+def test_the_numbers_of_msign_are_those_of_the_committed_results():
+    metrics, section = measured("msign"), " ".join(README.split("## What was measured so far")[1].split())
+    hard, best = metrics["held_out_loss_driven_hard"], metrics["held_out_loss"]
+    assert f"{hard.value:.3f} with MSign on all matrices of the layers" in section
+    for arm, words in (("msign_attention", "on attention alone"), ("adamw_clip", "with AdamW and clipping")):
+        assert f"{hard.baseline[arm].value:.3f} {words}" in section
+    assert f"{hard.baseline['adamw'].value:.3f} without clipping" in section
+    beaten = ("msign_attention", "msign_mlp", "adamw_clip", "adamw")
+    assert {hard.baseline[arm].verdict for arm in beaten} == {"holds"}
+    assert f"it is {best.value:.3f} against {best.baseline['adamw_clip'].value:.3f}" in section
+    assert f"Muon, at {best.baseline['muon'].value:.3f}, is better" in section
+    assert (best.baseline["adamw_clip"].verdict, best.baseline["muon"].verdict) == ("null", "fails")
+    for name in ("stable_rank_of_v", "stable_rank_of_o"):
+        assert round(metrics[name].baseline["adamw_clip"].value) == 2
 
 
 def test_the_numbers_of_growth_are_those_of_the_committed_results():

@@ -161,8 +161,9 @@ def loss_figure(
     *,
     x_label: str = "training tokens",
     y_label: str = "held-out loss (nats/token)",
+    higher_is_better: bool = False,
 ) -> Path:
-    """Loss curves `{name: (x, y)}`, lower is better, each labelled at its right end.
+    """Curves `{name: (x, y)}`, losses unless `higher_is_better`, each labelled at its right end.
 
     Raises:
         ValueError: no curve, an empty curve, or x and y of different lengths.
@@ -172,7 +173,7 @@ def loss_figure(
     for name, (x, y) in curves.items():
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"Curve {name!r} has {len(x)} x values and {len(y)} y values.")
-    order = sorted(curves, key=lambda name: curves[name][1][-1])
+    order = sorted(curves, key=lambda name: curves[name][1][-1], reverse=higher_is_better)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
         panel = figure.subplots()
@@ -191,7 +192,8 @@ def loss_figure(
         panel.set_xlabel(x_label)
         panel.set_ylabel(y_label)
         panel.xaxis.set_major_formatter(FuncFormatter(_short_number))
-        _headline(figure, _ranking(order, [f"{curves[name][1][-1]:.3f}" for name in order], "ends lowest"))
+        ends_best = "ends highest" if higher_is_better else "ends lowest"
+        _headline(figure, _ranking(order, [f"{curves[name][1][-1]:.3f}" for name in order], ends_best))
         return _save(figure, path)
 
 
