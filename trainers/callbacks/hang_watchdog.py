@@ -64,6 +64,7 @@ class HangWatchdogCallback(TrainerCallback):
         self.startup_steps, self.startup_seconds = startup_steps, startup_seconds
         self.grace_seconds, self.exit_code = grace_seconds, exit_code
         self._thread: threading.Thread | None = None
+        self._held: set[str] = set()  # what Trainer is about to do after this step, until our turn in it
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._end()
@@ -72,6 +73,7 @@ class HangWatchdogCallback(TrainerCallback):
         self._rank, self._loads_best = args.process_index, args.load_best_model_at_end
         self._durations: deque[float] = deque(maxlen=100)
         self._control, self._last, self._begin = control, time.monotonic(), None
+        self._held.clear()
         self._stopped = threading.Event()
         self._thread = threading.Thread(
             target=self._watch,
@@ -83,18 +85,30 @@ class HangWatchdogCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._control = control
+        self._held.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.monotonic()
         self._durations.append(now - self._last)
         self._last, self._step, self._control = now, state.global_step, control
         self._steps_here += 1
+        self._hold(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._hold(control)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._last, self._control = time.monotonic(), control
+        self._held.discard("evaluate")
 
     def on_save(self, args, state, control, **kwargs):
         self._last, self._control = time.monotonic(), control
+        self._held.discard("save")
+
+    def _hold(self, control) -> None:
+        # Trainer clears its flags before it calls the callbacks, in which ranks may wait for the one that saves.
+        wanted = {"save": control.should_save, "evaluate": control.should_evaluate}
+        self._held |= {name for name, want in wanted.items() if want}
 
     def on_train_end(self, args, state, control, **kwargs):
         self._end()
@@ -107,7 +121,7 @@ class HangWatchdogCallback(TrainerCallback):
     def limit(self) -> float | None:
         """Seconds without a step that are a hang at this moment; `None` while the clock stands."""
         # Trainer has no hook before a save: these are set by whoever asks for one and cleared when it is done.
-        if self._control.should_save or self._control.should_evaluate:
+        if self._held or self._control.should_save or self._control.should_evaluate:
             return None
         if self._control.should_training_stop and self._loads_best:
             return None

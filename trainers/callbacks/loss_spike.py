@@ -197,17 +197,22 @@ class LossSpikeCallback(TrainerCallback):
         if self._hook is not None:  # of a run that ended in an exception
             self._hook.remove()
         self._hook = model.register_forward_hook(self._after, with_kwargs=True)
-        self._sum, self._forwards, self._normalised = None, 0, False
+        self._sum, self._forwards, self._normalised, self._silent = None, 0, False, False
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._sum, self._forwards = None, 0
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._sum is None:
-            raise RuntimeError(
-                "The model returned no loss in this step, so there is nothing to watch. Remove compute_loss_func or "
-                "label smoothing, or the callback."
-            )
+            if not self._silent:
+                self._silent = True
+                self._log.record(
+                    COMPONENT,
+                    "warning",
+                    step=state.global_step,
+                    message="the model returns no loss (compute_loss_func, label smoothing): spikes are not watched.",
+                )
+            return
         verdict = self.detector.update(state.global_step, self._global_loss(args))
         if verdict is None:
             return

@@ -337,9 +337,16 @@ def _differences(before: ResumeRecord, now: ResumeRecord) -> Iterator[tuple[str,
     if _changed(before.config_sha256, now.config_sha256):
         yield "config", "The model's configuration is another one: take config.json of the checkpoint folder."
     same_data = not _changed(before.data_key, now.data_key)
-    if same_data and before.batch_size == now.batch_size and before.samples_per_epoch != now.samples_per_epoch:
+    if same_data and before.batch_size == now.batch_size and not _as_many(before, now):
         message = f"The data has {now.samples_per_epoch} samples, the checkpoint's had {before.samples_per_epoch}: "
         yield "data", message + "take the same, or give new data another data_key to start it at its first sample."
+
+
+def _as_many(before: ResumeRecord, now: ResumeRecord) -> bool:
+    """Whether the data may be as long as it was. Both counts are whole micro-batches, whose size may have changed."""
+    if before.samples_per_epoch is None or now.samples_per_epoch is None:
+        return before.samples_per_epoch == now.samples_per_epoch
+    return abs(before.samples_per_epoch - now.samples_per_epoch) < max(before.batch_size, now.batch_size)
 
 
 # Where the data goes on

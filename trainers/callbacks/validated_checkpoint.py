@@ -19,7 +19,9 @@ from ..reliability.checkpoints import (
     checkpoint_step,
     config_fingerprint,
     manifest_state,
+    manifests_required_after,
     require_manifests,
+    structural_problems,
     write_latest,
     write_manifest,
     write_refusal,
@@ -59,8 +61,8 @@ class ValidatedCheckpointCallback(TrainerCallback):
       goes on; stopping it is a loss guard's business.
     * Trainer rotates (`save_total_limit`) before callbacks hear of a save, and would so delete the last checkpoint
       that is valid in favour of one that is not yet. The limit is therefore taken over for the time of training
-      (`args.save_total_limit` is `None` meanwhile) and applied after each commit: to the newest committed ones, the
-      best, and never to the one just committed. At the end of training Trainer's special case of a limit of 1, which
+      (`args.save_total_limit` is `None` meanwhile) and applied after each commit: to the newest that count, the best,
+      and never to the one just committed. At the end of training Trainer's special case of a limit of 1, which
       deletes the last checkpoint in favour of the best, does not happen: both stay.
     * A committed checkpoint ahead of the one just committed belongs to a branch that was left by resuming from an
       older one: its manifest is put aside (`manifest.abandoned.json`), so that a later resume does not jump to it.
@@ -70,8 +72,8 @@ class ValidatedCheckpointCallback(TrainerCallback):
     The commit starts with the first event after the save, when every callback has done what it does in `on_save`.
     A disk that refuses the manifest is an event of severity `"error"`: the checkpoint does not count, the run goes on.
 
-    After `ValidatedCheckpoint` of the SIGMA stack (arXiv 2512.13488), where the fault is known and the protocol is
-    not; the protocol here is ours.
+    The protocol is ours: the SIGMA stack (arXiv 2512.13488) is known to upload checkpoints in order, not how it tells
+    whole ones.
 
     Args:
         background: check, sync and hash in a thread beside training, one checkpoint at a time: a save that comes
@@ -191,13 +193,20 @@ class ValidatedCheckpointCallback(TrainerCallback):
             return
         older = [folder for folder in commit.before if checkpoint_step(folder) < commit.step]
         best = [f for f in older if commit.best is not None and Path(commit.best).absolute() == f.absolute()]
-        others = [f for f in reversed(older) if f not in best and manifest_state(f) == "committed"]
+        others = [f for f in reversed(older) if f not in best and self._counts(f)]
         kept = best + others[: max(0, commit.limit - 1 - len(best))]
         for folder in older:
             if folder not in kept:
                 # The manifest first: a folder that is half deleted must not look committed.
                 _unless_gone((folder / MANIFEST_NAME).unlink)
                 shutil.rmtree(folder, ignore_errors=True)
+
+    @staticmethod
+    def _counts(folder: Path) -> bool:
+        """Committed, or whole and from before this run wrote manifests."""
+        after = manifests_required_after(folder.parent)
+        from_before = after is None or checkpoint_step(folder) <= after
+        return manifest_state(folder) == "committed" or (from_before and not structural_problems(folder))
 
     def _incident(self, commit: _Commit, message: str, **fields) -> None:
         if commit.folder.is_dir():  # else it was deleted or renamed meanwhile, by a rollback for instance

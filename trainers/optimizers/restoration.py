@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from sigma_kernels import polar_with_rank, spectral_norm
+from sigma_kernels.polar import BACKENDS
 
 
 # c of each: keeps the Frobenius norm (the paper's), the spectral norm, nothing (all singular values 1), or is the mean
@@ -41,6 +42,10 @@ class RestorationOptions:
     def __post_init__(self):
         if self.rescale not in RESCALES:
             raise ValueError(f"rescale={self.rescale!r} is not known. Choose one of {RESCALES}.")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend={self.backend!r} is not known. Choose one of {BACKENDS}.")
+        if self.rtol is not None and not 0 <= self.rtol < 1:
+            raise ValueError(f"rtol={self.rtol} is not in [0, 1): it is a share of the largest singular value.")
         if self.below is not None and not 0 < self.below <= 1:
             raise ValueError(f"srank_threshold={self.below} is not in (0, 1]: it is a share of min(m, n).")
 

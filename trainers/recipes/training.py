@@ -10,6 +10,7 @@ from transformers.utils import logging
 from ..callbacks import GracefulStopCallback, ThroughputCallback, install_callbacks
 from ..optimizers import MSignFactory
 from ..reliability import reliability, train_with_rollback
+from ..reliability.checkpoints import stop_requiring_manifests
 
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,8 @@ def build_trainer(
         trainer.remove_callback(PrinterCallback)
     if (chosen := getattr(args, "reliability", "off")) != "off":
         reliability(trainer, policy="rollback" if chosen == "rollback" else "skip")
+    elif trainer.is_world_process_zero():
+        stop_requiring_manifests(args.output_dir)
     return trainer
 
 
@@ -54,5 +57,10 @@ def _optimizer_of(args: TrainingArguments, model: PreTrainedModel) -> tuple[type
     if getattr(args, "optimizer", "base") == "base":
         return None
     base, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    if {"params", "model", "optimizer_dict"} & options.keys() or hasattr(base, "train"):
+        raise ValueError(
+            f"--optimizer msign around --optim {args.optim}: {base.__name__} wants groups, a model or a mode of its "
+            "own. Use a plain optimizer (adamw_torch, adafactor, sgd, ...), or MSignCallback beside this one."
+        )
     own = {"period": args.msign_period, "targets": args.msign_targets, "weight_decay": args.weight_decay}
     return MSignFactory, {"base": base, **options, **own}

@@ -7,8 +7,8 @@ A checkpoint is a `checkpoint-N` folder as Trainer writes it. Two kinds count:
 * without one, as any Trainer leaves them: valid if every file is there and as long as its own header says. Damage
   inside a file goes unseen. Where the run writes manifests, one that lacks it was never committed, and is refused.
 
-After "checkpoint upload" and "validated checkpoints" of the SIGMA stack (arXiv 2512.13488, framework layer); the
-manifest's form is ours.
+The SIGMA stack (arXiv 2512.13488, framework layer) uploads and tracks checkpoints; that they are validated, and how,
+is ours.
 """
 
 import hashlib
@@ -115,12 +115,19 @@ def manifests_required_after(output_dir: str | Path) -> int | None:
 
     The marker that the run left, or, where only checkpoints were copied, the oldest that has a manifest.
     """
-    steps = [checkpoint_step(f) - 1 for f in checkpoint_folders(output_dir) if manifest_state(f) != "absent"]
     try:
-        steps.append(int(json.loads((Path(output_dir) / MANIFESTS_NAME).read_bytes())["required_after_step"]))
+        marker = json.loads((Path(output_dir) / MANIFESTS_NAME).read_bytes())["required_after_step"]
+        return None if marker is None else int(marker)
     except (OSError, ValueError, TypeError, KeyError):
-        pass
-    return min(steps, default=None)
+        steps = [checkpoint_step(f) - 1 for f in checkpoint_folders(output_dir) if manifest_state(f) != "absent"]
+        return min(steps, default=None)
+
+
+def stop_requiring_manifests(output_dir: str | Path) -> None:
+    """For a run that goes on without them: its next checkpoints count as those of any Trainer do."""
+    if manifests_required_after(output_dir) is not None:
+        text = json.dumps({"required_after_step": None}) + "\n"
+        write_text_durably(Path(output_dir) / MANIFESTS_NAME, text)
 
 
 def require_manifests(output_dir: str | Path, *, after_step: int) -> None:
@@ -443,6 +450,7 @@ __all__ = [
     "read_latest",
     "read_manifest",
     "require_manifests",
+    "stop_requiring_manifests",
     "structural_problems",
     "sync_folder",
     "validate_checkpoint",

@@ -81,9 +81,11 @@ class EventLog:
         line = json.dumps(_writable(asdict(event)), allow_nan=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(file, line.encode())
+                size = os.fstat(file).st_size
+                cut_off = size > 0 and os.pread(file, 1, size - 1) != b"\n"  # by a kill: it must not take this line
+                os.write(file, (cut_off * "\n" + line).encode())
             finally:
                 os.close(file)
         except OSError as error:

@@ -99,7 +99,7 @@ def _stable_rank(run: "Run") -> Callable[[Axes], None] | None:
     for event in run.events:
         if event.component != "msign" or event.severity != "info":
             continue
-        pairs = [pair for pair in event.evidence.values() if isinstance(pair, Mapping)]
+        pairs = [pair for pair in event.evidence.get("matrices", {}).values() if isinstance(pair, Mapping)]
         lowest = {key: [x for x in _numbers([pair.get(key) for pair in pairs]) if math.isfinite(x)] for key in curves}
         if all(lowest.values()):
             steps.append(event.step)

@@ -100,7 +100,7 @@ def with_skip(
 
 def train_with_rollback(
     trainer: Trainer,
-    resume_from_checkpoint: str | Path | None = None,
+    resume_from_checkpoint: str | Path | bool | None = None,
     max_rollbacks: int = 3,
     *,
     find_checkpoint: Callable[[Path], Path | None] | None = None,
@@ -126,6 +126,8 @@ def train_with_rollback(
     """
     train = train or (lambda checkpoint: trainer.train(resume_from_checkpoint=checkpoint))
     folder = Path(trainer.args.output_dir)
+    if isinstance(resume_from_checkpoint, bool):
+        resume_from_checkpoint = (find_checkpoint or _find_last_valid)(folder) if resume_from_checkpoint else None
     checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
     if checkpoint is None and trainer.is_world_process_zero():
         (folder / SKIPS_NAME).unlink(missing_ok=True)  # a new run in an old folder
@@ -151,22 +153,18 @@ def train_with_rollback(
 def _go_back(
     trainer: Trainer, request: RollbackRequested, find_checkpoint: Callable[[Path], Path | None], skip_data: bool
 ) -> Path:
-    from ..callbacks import ValidatedCheckpointCallback  # which imports parts of this package
-
     folder, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    log, checkpoint = EventLog(folder, rank=trainer.args.process_index), None
+    log, checkpoint, failure = EventLog(folder, rank=trainer.args.process_index), None, ""
     if first:
-        if request.newest is not None:
-            _abandon_checkpoints(folder, request.newest)
-        for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, ValidatedCheckpointCallback):
-                callback.wait()  # the newest checkpoint may be in the middle of its commit
-        checkpoint = find_checkpoint(folder)
-    checkpoint = from_all_ranks(checkpoint)[0]
+        try:
+            checkpoint = _checkpoint_before(trainer, request, find_checkpoint)
+        except OSError as error:  # the other ranks wait for what this one found
+            failure = f" ({error})"
+    checkpoint, failure = from_all_ranks((checkpoint, failure))[0]
     if checkpoint is None:
         raise RuntimeError(
-            f"step {request.step}: {request.reason} There is no valid checkpoint in {folder} to go back to. Save more "
-            "often (save_steps), or start anew."
+            f"step {request.step}: {request.reason} There is no valid checkpoint in {folder} to go back to{failure}. "
+            "Save more often (save_steps), or start anew."
         ) from request
     step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
     if first:
@@ -197,12 +195,31 @@ def _go_back(
     return Path(checkpoint)
 
 
-def _abandon_checkpoints(folder: Path, newest: int) -> None:
-    """Rename what was saved after step `newest`: neither Trainer's rotation nor a resume finds it any more."""
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+def _checkpoint_before(
+    trainer: Trainer, request: RollbackRequested, find_checkpoint: Callable[[Path], Path | None]
+) -> Path | None:
+    """The checkpoint to go back to. Those that are too new for the request get another name, by which neither rotation
+    nor a resume finds them; where nothing older is valid, they keep theirs."""
+    from ..callbacks import ValidatedCheckpointCallback  # which imports parts of this package
+
+    folder, renamed = Path(trainer.args.output_dir), []
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ValidatedCheckpointCallback):
+            callback.wait()  # the newest checkpoint may be in the middle of its commit
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if request.newest is not None else ():
         number = path.name.rsplit("-", 1)[1]
-        if number.isdigit() and int(number) > newest:
-            path.rename(path.with_name(f"{ABANDONED}{path.name}"))
+        if number.isdigit() and int(number) > request.newest:
+            free = path.with_name(f"{ABANDONED}{path.name}")
+            times = 1
+            while free.exists():  # from an earlier rollback
+                times += 1
+                free = path.with_name(f"{ABANDONED}{path.name}-{times}")
+            renamed.append((path, path.rename(free)))
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
+        for path, abandoned in renamed:
+            abandoned.rename(path)
+    return checkpoint
 
 
 def _find_last_valid(folder: Path) -> Path | None:

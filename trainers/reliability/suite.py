@@ -11,7 +11,6 @@ def recommended(policy: str = "skip") -> list[TrainerCallback]:
     """The callbacks of [`reliability`], in the order in which they have to run."""
     return [
         callbacks.GoodputCallback(),  # first: what the others do at the start is start-up
-        callbacks.HangWatchdogCallback(),
         callbacks.ResumeGuardCallback(),
         LocalLossGuardCallback(policy),
         callbacks.LossSpikeCallback("rollback" if policy == "rollback" else "report"),
@@ -21,6 +20,7 @@ def recommended(policy: str = "skip") -> list[TrainerCallback]:
         callbacks.ManualGCCallback(),
         callbacks.GracefulStopCallback(),
         callbacks.ValidatedCheckpointCallback(),
+        callbacks.HangWatchdogCallback(),  # last: a save is over when all others are done with it
     ]
 
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tests.trainers.callbacks.test_graceful_stop import run
 from trainers.callbacks.hang_watchdog import HANG_EXIT_CODE, HangWatchdogCallback
@@ -152,6 +152,24 @@ def test_the_limit_follows_the_median_step(tmp_path):
 
     run(tmp_path, watchdog, Slow(), max_steps=4)
     assert 2.0 <= watchdog.limit() < 10.0 or watchdog._control.should_save
+
+
+def test_the_clock_stands_until_its_own_turn_after_a_save(tmp_path):
+    """Trainer clears its flags before the callbacks' `on_save`, in which ranks may wait for the one that saves."""
+    watchdog, control = HangWatchdogCallback(seconds=50, startup_steps=1), TrainerControl()
+    args, state = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), TrainerState()
+    watchdog.on_train_begin(args, state, control)
+    try:
+        control.should_save = control.should_evaluate = True
+        watchdog.on_step_end(args, state, control)
+        control.should_save = control.should_evaluate = False
+        assert watchdog.limit() is None
+        watchdog.on_evaluate(args, state, control)
+        assert watchdog.limit() is None
+        watchdog.on_save(args, state, control)
+        assert watchdog.limit() == 50
+    finally:
+        watchdog.on_train_end(args, state, control)
 
 
 def test_start_up_may_have_a_limit_too():

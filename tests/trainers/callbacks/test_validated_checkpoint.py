@@ -10,12 +10,14 @@ from transformers import TrainerCallback
 from tests.trainers.reliability.interrupted_run import SERVER, same_weights, tiny_data, tiny_model, tiny_trainer
 from trainers.callbacks.validated_checkpoint import ABANDONED_MANIFEST, ValidatedCheckpointCallback
 from trainers.reliability.checkpoints import (
+    MANIFEST_NAME,
     checkpoint_folders,
     config_fingerprint,
     find_last_valid_checkpoint,
     manifest_state,
     read_latest,
     read_manifest,
+    stop_requiring_manifests,
     validate_checkpoint,
 )
 from trainers.reliability.events import EVENTS_NAME, read_events
@@ -81,6 +83,25 @@ def test_a_limit_never_counts_what_is_not_committed(tmp_path):
 def test_the_limit_is_kept(tmp_path):
     tiny_trainer(tmp_path, ValidatedCheckpointCallback(), save_total_limit=2).train()
     assert names(tmp_path) == ["checkpoint-8", "checkpoint-10"]
+
+
+def test_the_limit_keeps_whole_checkpoints_from_before_the_callback(tmp_path):
+    tiny_trainer(tmp_path, max_steps=6).train()
+    trainer = tiny_trainer(tmp_path, ValidatedCheckpointCallback(), max_steps=10, save_total_limit=3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-8", "checkpoint-10"]
+
+
+def test_a_run_that_goes_on_without_it_is_not_asked_for_manifests(tmp_path):
+    tiny_trainer(tmp_path, ValidatedCheckpointCallback(), max_steps=4).train()
+    stop_requiring_manifests(tmp_path)
+    tiny_trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert find_last_valid_checkpoint(tmp_path).name == "checkpoint-6"
+    tiny_trainer(tmp_path, ValidatedCheckpointCallback(), max_steps=8).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-6")
+    )
+    (tmp_path / "checkpoint-8" / MANIFEST_NAME).unlink()
+    assert find_last_valid_checkpoint(tmp_path).name == "checkpoint-6"
 
 
 def test_the_best_is_kept(tmp_path):

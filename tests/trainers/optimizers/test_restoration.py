@@ -240,3 +240,11 @@ def test_pairwise_alignment_bounds_nothing():
     assert align(weight, weight).item() == pytest.approx(0.8, rel=1e-9)
     claimed = (0.8 * s[0].item()) ** layers / 0.8
     assert jacobian_norm([weight] * layers) < claimed / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"backend": "bogus"}, "backend='bogus'.*polar_express"), ({"rtol": 5.0}, "rtol=5.0")]
+)
+def test_a_bad_option_is_refused_before_the_first_application(options, message):
+    with pytest.raises(ValueError, match=message):
+        RestorationOptions(**options)

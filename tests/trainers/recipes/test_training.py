@@ -49,6 +49,17 @@ def test_msign_goes_around_the_optimizer_that_optim_names(tmp_path, optim, base)
     assert kinds == {"self_attn", "mlp"}
 
 
+def test_optimizers_that_want_more_than_groups_are_refused_by_name(tmp_path, monkeypatch):
+    class ScheduleFree(torch.optim.SGD):
+        def train(self):
+            pass
+
+    for answer in ((torch.optim.SGD, {"lr": 1.0, "params": []}), (ScheduleFree, {"lr": 1.0})):
+        monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *_, answer=answer: answer))
+        with pytest.raises(ValueError, match=f"--optim .*{answer[0].__name__}.*MSignCallback"):
+            trainer_of(tmp_path, optimizer="msign")
+
+
 def test_msign_restores_at_its_period_and_decays_what_the_trainer_decays(tmp_path):
     class Ranks(TrainerCallback):
         def __init__(self):

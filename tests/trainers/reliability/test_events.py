@@ -63,6 +63,16 @@ def test_a_line_cut_off_by_a_kill_and_other_rubbish_are_passed_over(tmp_path):
     assert [event.step for event in read_events(tmp_path)] == [1]
 
 
+def test_the_line_after_one_that_was_cut_off_is_not_lost_with_it(tmp_path):
+    log = EventLog(tmp_path)
+    log.record("a", step=1)
+    with (tmp_path / EVENTS_NAME).open("a") as file:
+        file.write('{"component": "cut o')
+    for name in "bc":
+        log.record(name, step=2)
+    assert [event.component for event in read_events(tmp_path)] == ["a", "b", "c"]
+
+
 def test_unknown_fields_of_a_newer_version_are_passed_over(tmp_path):
     EventLog(tmp_path).record("x", step=1)
     file = tmp_path / EVENTS_NAME

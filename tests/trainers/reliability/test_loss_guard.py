@@ -25,6 +25,7 @@ from trainers.reliability.rerun import read_suspicion
 from trainers.reliability.rollback import (
     DataSkip,
     RollbackRequested,
+    _checkpoint_before,
     read_skips,
     skipped_batches,
     train_with_rollback,
@@ -534,3 +535,19 @@ def test_both_go_back(ranks):
     # 36 micro-batches of an epoch of 32: all of it, then the first four of the next.
     assert len(set(digests[:16] + digests[18:34])) == 32
     assert [e.component for e in events] == ["loss_guard", "rollback"]
+
+
+def test_rollbacks_do_not_lose_what_an_earlier_one_put_aside(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    request = RollbackRequested(6, "a spike.", newest=3)
+    for found in (4, 6):
+        (tmp_path / f"checkpoint-{found}").mkdir()
+    assert _checkpoint_before(trainer, request, lambda folder: None) is None
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4", "checkpoint-6"], "nothing older"
+    (tmp_path / "checkpoint-2").mkdir()
+    for _ in range(2):
+        assert _checkpoint_before(trainer, request, lambda folder: folder / "checkpoint-2").name == "checkpoint-2"
+        assert not (tmp_path / "checkpoint-6").exists()
+        (tmp_path / "checkpoint-6").mkdir()
+    names = {p.name for p in tmp_path.glob("abandoned-*")}
+    assert names == {"abandoned-checkpoint-4", "abandoned-checkpoint-6", "abandoned-checkpoint-6-2"}

@@ -69,7 +69,7 @@ def test_one_panel_for_the_one_thing_that_is_there(tmp_path, part):
     elif part == "profile":
         EventLog(tmp_path).record("norm_profile", step=1, evidence={"weight": {"q": [1.0, 2.0]}})
     elif part == "msign":
-        EventLog(tmp_path).record("msign", step=1, evidence={"q": {"before": 1.0, "after": 2.0}})
+        EventLog(tmp_path).record("msign", step=1, evidence={"matrices": {"q": {"before": 1.0, "after": 2.0}}})
     else:
         ledger = GoodputLedger(tmp_path)
         ledger.begin(job="j", step=0, since=0)
