@@ -213,6 +213,15 @@ def test_the_numbers_of_msign_are_those_of_the_committed_results():
         assert round(metrics[name].baseline["adamw_clip"].value) == 2
 
 
+def test_the_cost_of_the_reliability_set_is_that_of_the_committed_report():
+    (file,) = (ROOT / "trainers" / "benchmarks" / "results").glob("reliability-*.json")
+    report = json.loads(file.read_text())
+    ratio, section = report["process"]["ratio"], " ".join(README.split("## Runs that do not die")[1].split())
+    assert report["verdict"] == "not resolved" and "is not resolved" in section
+    assert f"a ratio of {ratio['median']:.3f}, between {ratio['low']:.3f} and {ratio['high']:.3f}" in section
+    assert f"own time is {100 * report['share_of_all']:.2f} % of it" in section
+
+
 def test_the_numbers_of_growth_are_those_of_the_committed_results():
     metrics, section = measured("growth"), " ".join(README.split("## What was measured so far")[1].split())
     depth, width = metrics["held_out_bits_depth"], metrics["held_out_bits_width"]
