@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 
 from ..reliability.agreement import any_rank, from_all_ranks
 from ..reliability.events import EventLog
+from ..reliability.signs import STOP_NAME
 
 
-STOP_NAME = "STOP"
 SECOND_SIGNAL_SECONDS = 10.0  # launchers and platforms send the same request several times in a row
 
 
@@ -109,4 +109,4 @@ class GracefulStopCallback(TrainerCallback):
             os.kill(os.getpid(), number)
 
 
-__all__ = ["STOP_NAME", "GracefulStopCallback"]
+__all__ = ["GracefulStopCallback"]

@@ -12,9 +12,9 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..reliability.events import EventLog
+from ..reliability.signs import EXIT_HUNG
 
 
-HANG_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 REPORT_SECONDS = 5.0  # a hung main thread may hold the lock of the log
 
 
@@ -55,7 +55,7 @@ class HangWatchdogCallback(TrainerCallback):
         startup_steps: int = 2,
         startup_seconds: float | None = None,
         grace_seconds: float = 5.0,
-        exit_code: int = HANG_EXIT_CODE,
+        exit_code: int = EXIT_HUNG,
     ):
         for name, value in (("seconds", seconds), ("factor", factor), ("startup_seconds", startup_seconds)):
             if value is not None and value <= 0:
@@ -185,4 +185,4 @@ def _is_on_stack(frame, thread: int) -> bool:
     return False
 
 
-__all__ = ["HANG_EXIT_CODE", "HangWatchdogCallback"]
+__all__ = ["HangWatchdogCallback"]

@@ -28,9 +28,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ..report import device_name
+from .signs import EXIT_FAILED_VALIDATION
 
 
-FAILED_VALIDATION = 17
 MIN_COSINE = 0.99
 GIB = 2**30
 
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{socket.gethostname()}: {device_name()}, {world} processes")
             print(render(summarise(checks), several_ranks=world > 1))
             print("FAILED: do not train here." if failed else "All checks passed.")
-    return FAILED_VALIDATION if failed else 0
+    return EXIT_FAILED_VALIDATION if failed else 0
 
 
 if __name__ == "__main__":

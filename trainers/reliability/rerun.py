@@ -24,10 +24,9 @@ from torch.distributed.tensor import DTensor
 from hf_models.moe.elastic import experts_in_force, put_active_experts, routers_of
 
 from ..report import write_text_atomically
+from .signs import EXIT_FAILED_VALIDATION, EXIT_SUSPECT
 
 
-EXIT_SUSPECT = 16
-EXIT_FAILED_VALIDATION = 17
 SUSPICION_NAME = "rerun.json"
 Label = Literal["transient", "reproducible"]
 
@@ -211,8 +210,6 @@ def _experts(module: nn.Module) -> list[int] | None:
 
 
 __all__ = [
-    "EXIT_FAILED_VALIDATION",
-    "EXIT_SUSPECT",
     "SUSPICION_NAME",
     "Diagnosis",
     "RandomState",

@@ -38,15 +38,14 @@ from typing import Literal
 from ..redaction import command_line
 from .events import Event, EventLog, read_events
 from .goodput import JOB_VARIABLE, GoodputLedger, Outcome, job_hash
+from .signs import EXIT_FAILED_VALIDATION, EXIT_HUNG, EXIT_SUSPECT, STOP_NAME
 
 
 Reaction = Literal["never", "always"] | int | None  # a number: so many retries; None: --max_retries
 
 ATTEMPT_VARIABLE = "HF_SIGMA_ATTEMPT"
-STOP_NAME = "STOP"
 KILL_SECONDS = 30.0
 SURE = 0.8  # of an accusation
-SUSPECT = 16
 FORWARDED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -59,13 +58,12 @@ class Ending:
     reaction: Reaction = None
 
 
-# 16 and 17 are Megatron's: the SIGMA stack keeps them. 75 is the hang watchdog's.
 ENDINGS: dict[int, Ending] = {
     0: Ending("finished", "succeeded", "never"),
     2: Ending("its command line was wrong", "software_failure", "never"),
-    SUSPECT: Ending("a wrong result came again on the same hardware: go on elsewhere", "hardware_failure"),
-    17: Ending("validation of results or hardware failed", "hardware_failure", "never"),
-    75: Ending("hung", "platform_failure"),
+    EXIT_SUSPECT: Ending("a wrong result came again on the same hardware: go on elsewhere", "hardware_failure"),
+    EXIT_FAILED_VALIDATION: Ending("validation of results or hardware failed", "hardware_failure", "never"),
+    EXIT_HUNG: Ending("hung", "platform_failure"),
     126: Ending("the command cannot be executed", "software_failure", "never"),
     127: Ending("the command was not found", "software_failure", "never"),
     128 + signal.SIGINT: Ending("interrupted", "user_stop", "never"),
@@ -282,7 +280,7 @@ class Supervisor:
                 continue
             if "accused_host" in event.evidence:
                 accused[event.evidence["accused_host"]] += 1
-            elif event.evidence.get("exit_code") == SUSPECT:  # that code asks for other hardware
+            elif event.evidence.get("exit_code") == EXIT_SUSPECT:  # that code asks for other hardware
                 accused[event.host] += self.accusations
         return [line for line in self.hosts if accused[line.split()[0]] < self.accusations]
 

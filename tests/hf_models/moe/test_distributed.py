@@ -5,17 +5,11 @@ One pair of processes runs every job below once and writes what it saw to files;
 process and with references written here from the definitions.
 """
 
-import os
-import socket
 import tempfile
-import time
-import traceback
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +26,7 @@ from hf_models.moe.balance import (
     switch_load_balancing_loss,
     top1_load_balancing_loss,
 )
+from tests.gloo_ranks import results_of_ranks
 
 
 WORLD = 2
@@ -352,44 +347,10 @@ def job_trainer():
 JOBS = {name.removeprefix("job_"): job for name, job in list(globals().items()) if name.startswith("job_")}
 
 
-def run_jobs(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    for name, job in JOBS.items():
-        try:
-            result = {"value": job()}
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        torch.save(result, f"{folder}/{name}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """`ranks(job)` -> what each rank returned."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.spawn(run_jobs, args=(port, str(folder)), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 300
-    while not processes.join(timeout=5):
-        if time.monotonic() > deadline:  # a collective that only one rank entered
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"the ranks hang; finished jobs: {sorted(path.name for path in folder.iterdir())}")
-
-    def load(job):
-        results = [torch.load(folder / f"{job}-{rank}.pt", weights_only=False) for rank in range(WORLD)]
-        for rank, result in enumerate(results):
-            assert "error" not in result, f"rank {rank}: {result['error']}"
-        return [result["value"] for result in results]
-
-    return load
+    return results_of_ranks(__name__, tmp_path_factory.mktemp("ranks"), world_size=WORLD)
 
 
 def test_there_really_are_two_processes(ranks):

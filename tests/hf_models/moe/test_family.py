@@ -1,16 +1,9 @@
 # Copyright 2026 The hf-sigma authors. Licensed under the Apache License, Version 2.0.
 """Neuron sparsity, a number of active experts for each layer and draws of it, together in one model."""
 
-import os
-import socket
-import time
-import traceback
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -24,6 +17,7 @@ from hf_models.moe import (
 )
 from hf_models.moe.elastic import experts_in_force
 from hf_models.moe.neurons import MIN_TOKENS, neuron_networks
+from tests.gloo_ranks import results_of_ranks
 from tests.hf_models.moe.test_distributed import WORLD, assert_same, make_model, make_rows, stacked, train_one_step
 from trainers.callbacks import (
     ExpertBalanceCallback,
@@ -318,38 +312,13 @@ def jobs():
     return results
 
 
-def run_rank(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
-    try:
-        result = {"value": jobs()}
-    except Exception:
-        result = {"error": traceback.format_exc()}
-    torch.save(result, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+JOBS = {"all": jobs}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two gloo processes returned."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.spawn(run_rank, args=(port, str(folder)), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 300
-    while not processes.join(timeout=5):
-        if time.monotonic() > deadline:  # a collective that only one rank entered
-            for process in processes.processes:
-                process.kill()
-            pytest.fail("the ranks hang")
-    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    for rank, result in enumerate(results):
-        assert "error" not in result, f"rank {rank}: {result['error']}"
-    return [result["value"] for result in results]
+    return results_of_ranks(__name__, tmp_path_factory.mktemp("ranks"), world_size=WORLD)("all")
 
 
 @pytest.mark.parametrize("mode", ["normalized", "literal"])

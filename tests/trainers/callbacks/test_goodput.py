@@ -5,8 +5,9 @@ from transformers import Trainer, TrainerCallback
 
 from tests.trainers.callbacks.test_graceful_stop import Asks, run
 from trainers.callbacks.goodput import GoodputCallback
-from trainers.callbacks.graceful_stop import STOP_NAME, GracefulStopCallback
+from trainers.callbacks.graceful_stop import GracefulStopCallback
 from trainers.reliability.goodput import JOB_VARIABLE, read_goodput
+from trainers.reliability.signs import STOP_NAME
 
 
 class Slow(TrainerCallback):
@@ -50,8 +51,8 @@ def test_time_goes_where_it_was_spent_and_adds_up(tmp_path):
     wall = time.time() - start
     goodput = read_goodput(tmp_path)
     seconds = goodput.seconds
-    assert sum(seconds.values()) == pytest.approx(goodput.wall_seconds, rel=1e-6)
-    assert goodput.wall_seconds <= wall
+    assert sum(seconds.values()) == pytest.approx(goodput.wall_seconds, abs=1e-3)
+    assert goodput.wall_seconds <= wall + 1e-3
     assert seconds["startup"] > 0.2 + 0.1 + 0.05
     assert 5 * 0.05 < seconds["productive"] < wall - 0.35
     assert seconds["checkpoint"] > 2 * 0.07
@@ -72,8 +73,9 @@ def test_a_run_that_died_and_resumed(tmp_path):
     assert goodput.attempts == {"unknown": 1, "succeeded": 1}
     first, second = goodput.timeline
     assert (first.first_step, first.saved_step, first.step, second.first_step, second.step) == (0, 4, 6, 4, 8)
-    assert 2 * 0.05 < goodput.seconds["lost"] < 2 * 0.05 + 0.25
-    assert goodput.seconds["restart_gap"] == pytest.approx(0.3, abs=0.2)
+    lost, kept = goodput.seconds["lost"], goodput.seconds["productive"]
+    assert 2 * 0.05 < lost < (lost + kept) / 2  # 2 of 10 steps were made twice
+    assert 0.3 <= goodput.seconds["restart_gap"] + 1e-3
     assert goodput.seconds["restart_gap"] >= second.start - between
     assert sum(goodput.seconds.values()) == pytest.approx(second.end - first.start, rel=0.01)
     assert first.job == second.job

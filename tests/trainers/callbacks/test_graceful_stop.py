@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from trainers.callbacks.graceful_stop import STOP_NAME, GracefulStopCallback
+from trainers.callbacks.graceful_stop import GracefulStopCallback
 from trainers.reliability.events import read_events
+from trainers.reliability.signs import STOP_NAME
 
 
 class Model(torch.nn.Module):

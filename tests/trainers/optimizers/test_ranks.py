@@ -4,16 +4,10 @@ One pair of processes runs every job below once and writes what it saw to files.
 """
 
 import copy
-import os
-import socket
-import time
-import traceback
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
+from tests.gloo_ranks import results_of_ranks
 from trainers.optimizers import MSign, msign_, ranks, select_targets
 from trainers.optimizers.ranks import owners_by_cost, restore_weights
 from trainers.optimizers.restoration import RestorationOptions, restore, restore_views
@@ -222,44 +217,10 @@ def job_fsdp2_resume():
 JOBS = {name.removeprefix("job_"): job for name, job in list(globals().items()) if name.startswith("job_")}
 
 
-def run_jobs(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    for name, job in JOBS.items():
-        try:
-            result = {"value": job()}
-        except Exception:
-            result = {"error": traceback.format_exc()}
-        torch.save(result, f"{folder}/{name}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """`two_ranks(job)` -> what each rank returned."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.spawn(run_jobs, args=(port, str(folder)), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 300
-    while not processes.join(timeout=5):
-        if time.monotonic() > deadline:  # a collective that only one rank entered
-            for process in processes.processes:
-                process.kill()
-            pytest.fail(f"the ranks hang; finished jobs: {sorted(path.name for path in folder.iterdir())}")
-
-    def load(job):
-        results = [torch.load(folder / f"{job}-{rank}.pt", weights_only=False) for rank in range(WORLD)]
-        for rank, result in enumerate(results):
-            assert "error" not in result, f"rank {rank}: {result['error']}"
-        return [result["value"] for result in results]
-
-    return load
+    return results_of_ranks(__name__, tmp_path_factory.mktemp("ranks"), world_size=WORLD)
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def test_survives_sigkill(tmp_path):
     wall = time.time() - start
     goodput = read_goodput(tmp_path)
     assert goodput.attempts == {"unknown": 2, "running": 1}
-    assert sum(goodput.seconds.values()) == pytest.approx(wall, abs=0.1)
+    assert sum(goodput.seconds.values()) == pytest.approx(wall, abs=0.25)
     assert goodput.seconds["lost"] > 0.6 and goodput.seconds["productive"] == 0  # all were to be made again
 
 

@@ -12,7 +12,6 @@ import torch
 
 from trainers.reliability import preflight
 from trainers.reliability.preflight import (
-    FAILED_VALIDATION,
     Check,
     at_least,
     check_bandwidth,
@@ -26,6 +25,7 @@ from trainers.reliability.preflight import (
     similarity,
     summarise,
 )
+from trainers.reliability.signs import EXIT_FAILED_VALIDATION
 
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_exit_code_17_and_json(tmp_path, capsys):
     arguments = ["--json", "--processes", "1", "--folder", str(tmp_path)]
     assert main([*arguments, "--min_free_memory", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["passed"] is True
-    assert main([*arguments, "--devices", "4096"]) == FAILED_VALIDATION == 17
+    assert main([*arguments, "--devices", "4096"]) == EXIT_FAILED_VALIDATION == 17
     shown = json.loads(capsys.readouterr().out)
     assert shown["passed"] is False
     assert [check["name"] for check in shown["checks"] if not check["passed"]] == ["devices"]

@@ -9,8 +9,6 @@ from torch import nn
 
 from tests.trainers.callbacks.test_installation import SEQUENCE, make_model
 from trainers.reliability.rerun import (
-    EXIT_FAILED_VALIDATION,
-    EXIT_SUSPECT,
     RandomState,
     Snapshot,
     Suspicion,
@@ -20,6 +18,7 @@ from trainers.reliability.rerun import (
     loss_of,
     read_suspicion,
 )
+from trainers.reliability.signs import EXIT_FAILED_VALIDATION, EXIT_SUSPECT
 
 
 class Flaky(nn.Module):
