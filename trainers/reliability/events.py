@@ -65,7 +65,7 @@ class EventLog:
     """Appends events to the file of a run folder; incidents are logged, too.
 
     A line is one write to a file opened for appending, so that lines of several ranks do not mix and a killed process
-    leaves at most one line cut off, which [`read_events`] passes over, as it does empty lines. A disk that is full costs
+    leaves at most one line cut off, which [`read_events`] passes over, as it does empty lines. A full disk costs
     the line, with a warning, not the run.
     """
 
