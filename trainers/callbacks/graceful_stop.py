@@ -63,14 +63,16 @@ class GracefulStopCallback(TrainerCallback):
                 "enable_jit_checkpoint=True and GracefulStopCallback both answer SIGTERM. Use one of them: "
                 "enable_jit_checkpoint=False keeps the ranks in step."
             )
-        self.requested, self._signalled = False, None
+        # Handlers that are still ours: the training before ended in an exception, and may have been asked to stop.
+        self._signalled = self._signalled if self._before and not self.requested else None
+        self.requested = False
         self._events = EventLog(args.output_dir, rank=args.process_index)
         self._file = Path(self.path) if self.path is not None else Path(args.output_dir) / STOP_NAME
         nccl = dist.is_initialized() and dist.get_backend() == "nccl"
         self._device = args.device if nccl else torch.device("cpu")
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
-                if number not in self._before:  # still ours, if the training before ended in an exception
+                if number not in self._before:
                     self._before[number] = signal.signal(number, self._note)
 
     def on_step_end(self, args, state, control, **kwargs):

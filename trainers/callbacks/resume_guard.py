@@ -14,7 +14,8 @@ import torch
 from accelerate import skip_first_batches
 from accelerate.data_loader import DataLoaderDispatcher
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
@@ -175,12 +176,16 @@ class ResumeGuardCallback(TrainerCallback):
         file = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / RECORD_NAME
         write_text_durably(file, json.dumps(values, indent=1) + "\n")
 
+    @property
+    def data_start_step(self) -> int:
+        """The step at which this run's data is, or would have been, at its first sample."""
+        return self._now.data_start_step
+
     def _resumed_from(self, args, step: int) -> Path:
-        if self.checkpoint is not None:
-            return Path(self.checkpoint)
         default = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        named = args.resume_from_checkpoint
-        return Path(named) if isinstance(named, str) and Path(named).is_dir() else default
+        named = self.checkpoint or args.resume_from_checkpoint
+        # Of another step after a rollback, which goes to a checkpoint of this run.
+        return Path(named) if isinstance(named, str | Path) and _step_of(Path(named)) in (step, None) else default
 
     def _refuse_differences(self, args, before: ResumeRecord, now: ResumeRecord) -> None:
         refused = []
@@ -226,6 +231,14 @@ class ResumeGuardCallback(TrainerCallback):
     def _tell(self, args, severity: str, step: int, message: str, **fields: Any) -> None:
         if args.process_index == 0:
             self._log.record(COMPONENT, severity, step=step, message=message, **fields)
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """Its finished steps; `None` if it does not say, -1 if there is no such folder."""
+    if not checkpoint.is_dir():
+        return -1
+    file = checkpoint / TRAINER_STATE_NAME
+    return TrainerState.load_from_json(str(file)).global_step if file.is_file() else None
 
 
 def read_record(folder: str | Path) -> ResumeRecord | None:

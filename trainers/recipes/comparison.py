@@ -173,7 +173,11 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(_run_in_worker, job, base, data.fingerprint, build) for job in jobs]
-        return {job: future.result() for job, future in zip(jobs, tqdm(futures, desc="runs"))}
+        try:
+            return {job: future.result() for job, future in zip(jobs, tqdm(futures, desc="runs"))}
+        except BaseException:  # an error, or a stop that was asked for: what has not begun need not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _run_in_worker(job: Job, base: TrainingArguments, fingerprint: str, build: Build) -> Fit:

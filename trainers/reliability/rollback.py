@@ -246,7 +246,7 @@ class _SkippingBatches:
 
 
 def _batches_from(trainer: Trainer, step: int, skipped: int) -> Iterator[Any]:
-    loader = trainer.get_train_dataloader()
+    loader, step = trainer.get_train_dataloader(), step - _data_start_step(trainer)
     accumulation = trainer.args.gradient_accumulation_steps
     if has_length(loader):
         length = len(loader)
@@ -270,6 +270,14 @@ def _batches_from(trainer: Trainer, step: int, skipped: int) -> Iterator[Any]:
                 "train with skip_data=False."
             )
         epoch, offset = epoch + 1, 0
+
+
+def _data_start_step(trainer: Trainer) -> int:
+    """The step at which the data is at its first sample: another than 0 where a resumed run changed data or batch."""
+    from ..callbacks import ResumeGuardCallback  # which imports parts of this package
+
+    guards = (each for each in trainer.callback_handler.callbacks if isinstance(each, ResumeGuardCallback))
+    return next((guard.data_start_step for guard in guards), 0)
 
 
 def _set_epoch(loader: DataLoader, epoch: int) -> None:

@@ -76,6 +76,24 @@ def test_sigterm_ends_the_run_with_a_checkpoint_and_the_handler_goes(tmp_path):
     assert event.evidence["asked"] == {"0": ["signal"]}
 
 
+def test_a_request_outlives_a_training_that_ends_in_an_exception(tmp_path):
+    """As a rollback does: the training that goes on must know."""
+    stop, broken = GracefulStopCallback(), []
+
+    class Breaks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3 and not broken:
+                broken.append(True)
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("broken")
+
+    breaks = Breaks()
+    with pytest.raises(RuntimeError, match="broken"):
+        run(tmp_path, stop, breaks)
+    assert run(tmp_path, stop, breaks).state.global_step == 1 and stop.requested
+    assert run(tmp_path / "next", stop, breaks).state.global_step == 10 and not stop.requested
+
+
 def test_nothing_happens_where_nobody_asks(tmp_path):
     stop = GracefulStopCallback()
     assert run(tmp_path, stop, max_steps=3).state.global_step == 3

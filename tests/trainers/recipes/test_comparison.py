@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -179,6 +180,22 @@ def test_a_worker_computes_what_this_process_does_and_its_error_comes_back(tmp_p
     assert ours[jobs[0]].nats_per_token != ours[jobs[1]].nats_per_token
     with pytest.raises(ValueError, match="no model for nothing of 3 blocks and sha256:1"):
         run_jobs([Job("nothing", 0, 1e-3, 1)], 1, base_arguments(there), data, tiny_or_nothing)
+
+
+def stop_or_leave_a_mark(job, data, folder):
+    (folder / str(job.seed)).touch()
+    if job.seed == 0:
+        raise SystemExit(0)
+    raise ValueError("has begun")
+
+
+@pytest.mark.slow
+def test_after_a_stop_no_further_run_begins(tmp_path, data):
+    jobs = [Job("ours", seed, 1e-3, steps=2) for seed in range(20)]
+    base = base_arguments(tmp_path)
+    with pytest.raises(SystemExit):
+        run_jobs(jobs, 1, base, data, partial(stop_or_leave_a_mark, folder=tmp_path))
+    assert len(list(tmp_path.glob("[0-9]*"))) <= 3  # one ran, others may have been handed over already
 
 
 def test_data_come_back_as_they_were(tmp_path, data):
