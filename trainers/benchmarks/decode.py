@@ -8,18 +8,14 @@ CPU.
 
 import argparse
 import dataclasses
-import json
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from hf_models.moe import MoneConfig, MoneForCausalLM
 
-from ..redaction import command_line
-from ..report import collect_versions, device_name, write_text_atomically
 from .alternating_blocks import Timing, time_alternately
+from .timing_report import TimingReport, add_timing_arguments, write_report
 
 
 WARMUP_STEPS = 3
@@ -43,29 +39,18 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeReport:
+class DecodeReport(TimingReport):
     """What `decode-<device>.json` holds."""
 
-    benchmark: str
-    command: str
-    device: str
-    versions: dict[str, str]
-    threads: int
     dtype: str
-    shape: dict
-    blocks: int
-    steps_per_block: int
     comparisons: list[Comparison]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--blocks", type=int, default=10, help="alternating blocks of each comparison, at least ten")
-    parser.add_argument("--steps-per-block", type=int, default=5, help="tokens of each arm in a block")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    add_timing_arguments(parser, blocks=10, steps_per_block=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.125], help="shares of the neurons")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON file")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -85,10 +70,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
     )
     report = measure(config, options.ratios, blocks=options.blocks, steps_per_block=options.steps_per_block)
-    options.output.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", report.device.lower()).strip("-")
-    path = options.output / f"decode-{report.dtype}-{device}.json"
-    write_text_atomically(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    path = write_report(report, options.output, variant=report.dtype)
     print(f"{markdown_table(report)}\n\nWrote {path}")
 
 
@@ -112,10 +94,6 @@ def measure(config: MoneConfig, ratios: list[float], *, blocks: int, steps_per_b
             comparisons.append(Comparison(ratio=ratio, baseline=name, **timings))
     return DecodeReport(
         benchmark="decode",
-        command=command_line(),
-        device=device_name(),
-        versions=collect_versions(),
-        threads=torch.get_num_threads(),
         dtype=str(dtype).removeprefix("torch."),
         shape=config.to_diff_dict(),
         blocks=blocks,

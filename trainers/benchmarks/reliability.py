@@ -10,8 +10,6 @@ in the background, and apart in the report. The time that each callback spends i
 import argparse
 import contextlib
 import dataclasses
-import json
-import re
 import tempfile
 import threading
 import time
@@ -24,10 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 
 from ..callbacks import install_callbacks
-from ..redaction import command_line
 from ..reliability import reliability
-from ..report import collect_versions, device_name, write_text_atomically
 from .alternating_blocks import Timing, TimingVerdict, judge, time_alternately
+from .timing_report import TimingReport, add_timing_arguments, clock_of, write_report
 
 
 LIMIT = 1.02
@@ -36,22 +33,14 @@ WARMUP_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReliabilityReport:
+class ReliabilityReport(TimingReport):
     """What `reliability-<device>.json` holds. `shares`: time inside each callback over that of all steps, of the arm
     that has them."""
 
-    benchmark: str
-    command: str
-    device: str
-    versions: dict[str, str]
-    threads: int
     clock: str
     data: str
-    shape: dict
     batch_size: int
     sequence_length: int
-    blocks: int
-    steps_per_block: int
     limit: float
     resolution: float
     verdict: TimingVerdict
@@ -133,10 +122,7 @@ class CallbackClock:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--blocks", type=int, default=12, help="alternating blocks, at least ten")
-    parser.add_argument("--steps-per-block", type=int, default=20, help="steps of each arm in a block")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON file")
+    add_timing_arguments(parser, blocks=12, steps_per_block=20)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -144,19 +130,14 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     config = SigmaMoeConfig.from_preset("demo")
     report = measure(config, blocks=options.blocks, steps_per_block=options.steps_per_block)
-    options.output.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", report.device.lower()).strip("-")
-    path = options.output / f"reliability-{device}.json"
-    write_text_atomically(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    print(f"{markdown_table(report)}\n\nWrote {path}")
+    print(f"{markdown_table(report)}\n\nWrote {write_report(report, options.output)}")
 
 
 def measure(
     config: SigmaMoeConfig, *, blocks: int, steps_per_block: int, batch_size: int = 4, sequence_length: int = 256
 ) -> ReliabilityReport:
     """Run both arms with as many threads as torch has."""
-    threads = torch.get_num_threads()
-    clock = "process" if threads == 1 else "wall"  # the CPU time of several threads includes their waiting
+    clock = clock_of(torch.get_num_threads())
     steps = WARMUP_STEPS + blocks * steps_per_block + 1
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         trainers = [
@@ -178,10 +159,6 @@ def measure(
     total = timings["wall"].ours_seconds * blocks * steps_per_block
     return ReliabilityReport(
         benchmark="reliability",
-        command=command_line(),
-        device=device_name(),
-        versions=collect_versions(),
-        threads=threads,
         clock=clock,
         data="random token ids",
         shape=config.to_diff_dict(),

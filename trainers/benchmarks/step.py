@@ -8,13 +8,10 @@ cache, fused AdamW. Gradient clipping and the data loader are not in it. It runs
 
 import argparse
 import dataclasses
-import json
-import re
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import cycle
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -29,9 +26,8 @@ from transformers import (
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 
 from ..callbacks import ExpertBalanceCallback
-from ..redaction import command_line
-from ..report import collect_versions, device_name, write_text_atomically
 from .alternating_blocks import Timing, TimingVerdict, judge, time_alternately
+from .timing_report import TimingReport, add_timing_arguments, clock_of, write_report
 
 
 RECORD_EVERY = 10  # steps between two records of the balance, the demo's `logging_steps`
@@ -55,31 +51,20 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepReport:
+class StepReport(TimingReport):
     """What `step-<device>.json` holds; `clock` names the one that the verdicts rest on."""
 
-    benchmark: str
-    command: str
-    device: str
-    versions: dict[str, str]
-    threads: int
     clock: str
     data: str
-    shape: dict
     batch_size: int
     sequence_length: int
-    blocks: int
-    steps_per_block: int
     startup_seconds: dict[str, float]
     comparisons: list[Comparison]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
-    parser.add_argument("--blocks", type=int, default=10, help="alternating blocks of each comparison, at least ten")
-    parser.add_argument("--steps-per-block", type=int, default=10, help="steps of each arm in a block")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON file")
+    add_timing_arguments(parser, blocks=10, steps_per_block=10)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -87,19 +72,14 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     config = SigmaMoeConfig.from_preset("demo")
     report = measure(config, blocks=options.blocks, steps_per_block=options.steps_per_block)
-    options.output.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", report.device.lower()).strip("-")
-    path = options.output / f"step-{device}.json"
-    write_text_atomically(path, json.dumps(dataclasses.asdict(report), indent=2) + "\n")
-    print(f"{markdown_table(report)}\n\nWrote {path}")
+    print(f"{markdown_table(report)}\n\nWrote {write_report(report, options.output)}")
 
 
 def measure(
     config: SigmaMoeConfig, *, blocks: int, steps_per_block: int, batch_size: int = 4, sequence_length: int = 256
 ) -> StepReport:
     """Run all comparisons with as many threads as torch has."""
-    threads = torch.get_num_threads()
-    clock = "process" if threads == 1 else "wall"  # the CPU time of several threads includes their waiting
+    clock = clock_of(torch.get_num_threads())
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (8, batch_size, sequence_length), generator=generator)
 
@@ -120,10 +100,6 @@ def measure(
             )
     return StepReport(
         benchmark="step",
-        command=command_line(),
-        device=device_name(),
-        versions=collect_versions(),
-        threads=threads,
         clock=clock,
         data="random token ids",
         shape=config.to_diff_dict(),
