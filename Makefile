@@ -35,7 +35,7 @@ TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and $(1)" $(ARGS) tests/triton_kern
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu test-transformers test-oldest compatibility lint format clean
+.PHONY: help venv demo test test-slow test-gpu test-transformers test-oldest compatibility faults lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,10 @@ test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the model and Hub tests at th
 compatibility: $(INSTALLED)  ## the tables of the cards that say what works with the models, measured anew
 	HF_SIGMA_COMPATIBILITY=model_cards $(PYTEST) $(ARGS) tests/ecosystem
 	for table in model_cards/*/compatibility.json; do $(BIN)/python -m model_cards.build $$(dirname $$table); done
+
+faults: $(INSTALLED)  ## the table of faults in the card of the reliability set, done anew
+	HF_SIGMA_FAULTS=model_cards/reliability $(PYTEST) -m fault $(ARGS) tests/trainers
+	$(BIN)/python -m model_cards.faults
 
 lint: $(INSTALLED)  ## ruff, changing nothing
 	$(BIN)/ruff check .

@@ -222,6 +222,16 @@ def test_the_cost_of_the_reliability_set_is_that_of_the_committed_report():
     assert f"own time is {100 * report['share_of_all']:.2f} % of it" in section
 
 
+def test_the_cost_of_msign_is_that_of_the_committed_report():
+    (file,) = (ROOT / "trainers" / "benchmarks" / "results").glob("msign-*.json")
+    report = json.loads(file.read_text())
+    ratio, section = report["process"]["ratio"], " ".join(README.split("## Runs that do not die")[1].split())
+    percent = {name: f"{100 * (ratio[name] - 1):.1f}" for name in ("median", "low", "high")}
+    assert f"all {report['matrices']} matrices of the demo's model every {report['period']} steps" in section
+    assert f"cost {percent['median']} % of the step" in section
+    assert f"between {percent['low']} and {percent['high']}" in section
+
+
 def test_the_numbers_of_growth_are_those_of_the_committed_results():
     metrics, section = measured("growth"), " ".join(README.split("## What was measured so far")[1].split())
     depth, width = metrics["held_out_bits_depth"], metrics["held_out_bits_width"]

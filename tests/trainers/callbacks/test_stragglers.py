@@ -186,6 +186,7 @@ def ranks(tmp_path_factory):
     return events
 
 
+@pytest.mark.fault("A rank that becomes slow", survived_if="it is named, with the phase in which it is slow")
 @pytest.mark.parametrize(
     ("job", "rank", "phase"), [("data", 1, "data"), ("forward", 0, "compute"), ("backward", 1, "compute")]
 )
@@ -200,6 +201,7 @@ def test_the_rank_that_sleeps_is_named(ranks, job, rank, phase):
     assert event.evidence["seconds"][phase][rank] > 0.8 * SLEEP > 2 * others
 
 
+@pytest.mark.fault("A job that is slow on all ranks, or healthy", survived_if="no rank is named")
 @pytest.mark.parametrize("job", ["healthy", "everybody"])
 def test_nobody_is_named_who_is_not_slower_than_the_others(ranks, job):
     assert [event.message for event in ranks(job) if event.severity != "info"] == []

@@ -36,6 +36,19 @@ from trainers.reliability.events import read_events
 
 
 KILLED = -signal.SIGKILL
+BITWISE = "the run ends with the weights of the uninterrupted run, bitwise"
+PREVIOUS = "the error is named, and the checkpoint before is used"
+
+
+def fault(name: str, survived_if: str = BITWISE):
+    return pytest.mark.fault(name, survived_if=survived_if)
+
+
+def saves_lost(folder: Path, every: int = 2) -> int:
+    """How many saves had begun, and are not there to go on from."""
+    begun = max((int(path.name.split("-")[1]) for path in checkpoint_folders(folder)), default=0)
+    found = find_last_valid_checkpoint(folder)
+    return (begun - (0 if found is None else int(found.name.split("-")[1]))) // every
 
 
 @pytest.fixture(scope="module")
@@ -57,30 +70,36 @@ def finish(folder: Path, uninterrupted: Path, *, start: int, **options) -> None:
 # --- killed at a step ---------------------------------------------------------------------------------------------
 
 
-def test_killed_once(tmp_path, uninterrupted):
+@fault("SIGKILL between two saves")
+def test_killed_once(tmp_path, uninterrupted, survived):
     assert in_process(train, tmp_path, kill_at_step=5, background=False) == KILLED
+    survived(lost=saves_lost(tmp_path))
     finish(tmp_path, uninterrupted, start=4)
 
 
 @pytest.mark.slow
+@fault("SIGKILL at random steps, five a run")
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_five_times_at_random_steps(tmp_path, uninterrupted, seed):
+def test_killed_five_times_at_random_steps(tmp_path, uninterrupted, seed, survived):
     """A kill one step after a save may come before its commit in the background: then one checkpoint earlier."""
-    draw, reached = random.Random(seed), 0
+    draw, reached, lost = random.Random(seed), 0, 0
     for _ in range(5):
         step = draw.randint(reached, min(reached + 4, 9))
         assert in_process(train, tmp_path, kill_at_step=step) == KILLED
         found = find_last_valid_checkpoint(tmp_path)
         reached = 0 if found is None else int(found.name.split("-")[1])
         assert reached >= step - step % 2 - 2
+        lost = max(lost, saves_lost(tmp_path))
     assert in_process(train, tmp_path) == 0
     assert same_weights(tmp_path, uninterrupted)
+    survived(5, lost=lost)
 
 
 @pytest.mark.slow
-def test_killed_from_outside_at_random_moments(tmp_path, uninterrupted):
+@fault("SIGKILL from outside at random moments, a save each step")
+def test_killed_from_outside_at_random_moments(tmp_path, uninterrupted, survived):
     """Runs are started again until they come to their end, and new ones until ten kills have hit."""
-    draw, killed, ended = random.Random(0), 0, 0
+    draw, killed, ended, lost = random.Random(0), 0, 0, 0
     while killed < 10:
         folder = tmp_path / str(ended)
         process = SERVER.Process(target=train, args=(folder,), kwargs={"save_steps": 1})
@@ -90,12 +109,14 @@ def test_killed_from_outside_at_random_moments(tmp_path, uninterrupted):
             process.kill()
             process.join()
             killed += 1
+            lost = max(lost, saves_lost(folder, every=1))
         else:
             assert process.exitcode == 0 and same_weights(folder, uninterrupted)
             ended += 1
             assert ended < 50, "this machine is too fast to be hit"
     assert in_process(train, tmp_path / str(ended), save_steps=1) == 0
     assert same_weights(tmp_path / str(ended), uninterrupted)
+    survived(killed, lost=lost)
 
 
 # --- killed in the middle of a save -------------------------------------------------------------------------------
@@ -125,21 +146,26 @@ def test_killed_in_the_middle_of_a_save(tmp_path, number, start):
     assert find_last_valid_checkpoint(tmp_path).name == f"checkpoint-{start}"
 
 
+@fault("SIGKILL while the weights or the optimizer are being written")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
-def test_killed_in_the_middle_of_a_file(tmp_path, name, uninterrupted):
+def test_killed_in_the_middle_of_a_file(tmp_path, name, uninterrupted, survived):
     assert in_process(train, tmp_path, kill_at=f"checkpoint-4/{name}", background=False) == KILLED
+    survived(lost=saves_lost(tmp_path))
     finish(tmp_path, uninterrupted, start=2)
 
 
 @pytest.mark.slow
+@fault("SIGKILL before each file operation of a save")
 @pytest.mark.parametrize("options", [{"background": False}, {"save_total_limit": 1, "background": False}, {}], ids=str)
-def test_killed_at_every_file_operation_of_a_save(tmp_path, options, uninterrupted):
-    number = 1
+def test_killed_at_every_file_operation_of_a_save(tmp_path, options, uninterrupted, survived):
+    number, lost = 1, 0
     while killed_in_the_save_of_step_4(tmp_path / str(number), number, **options):
+        lost = max(lost, saves_lost(tmp_path / str(number)))
         assert in_process(train, tmp_path / str(number), **options) == 0
         assert same_weights(tmp_path / str(number), uninterrupted)
         number += 1
     assert number > 20
+    survived(number - 1, lost=lost)
 
 
 def test_killed_between_the_save_and_its_commit_without_an_earlier_one(tmp_path, uninterrupted):
@@ -188,13 +214,15 @@ def flip_a_bit(file: Path) -> None:
 DAMAGED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST_NAME]
 
 
+@fault("A file of the newest checkpoint cut off, one bit of it flipped, or deleted", PREVIOUS)
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove])
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(four_steps, damage, name, caplog):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(four_steps, damage, name, caplog, survived):
     assert find_last_valid_checkpoint(four_steps).name == "checkpoint-4"
     damage(four_steps / "checkpoint-4" / name)
     assert find_last_valid_checkpoint(four_steps).name == "checkpoint-2"
     assert "checkpoint-4 is" in caplog.text and name in caplog.text
+    survived(lost=saves_lost(four_steps))
 
 
 def test_a_run_goes_on_from_before_a_damaged_checkpoint(four_steps, uninterrupted):
@@ -219,7 +247,8 @@ def train_and_report(folder: Path, report: Path, limit: int | None = None) -> No
         raise
 
 
-def test_files_must_not_grow(tmp_path):
+@fault("A limit to the size of files, reached in a save", PREVIOUS)
+def test_files_must_not_grow(tmp_path, survived):
     folder, report = tmp_path / "run", tmp_path / "error"
     assert in_process(train, folder, model=tiny_model(**LARGE), max_steps=2) == 0
     before = {p.name: p.read_bytes() for p in (folder / "checkpoint-2").iterdir()}
@@ -227,6 +256,7 @@ def test_files_must_not_grow(tmp_path):
     assert "File too large" in report.read_text()
     assert {p.name: p.read_bytes() for p in (folder / "checkpoint-2").iterdir()} == before
     assert find_last_valid_checkpoint(folder).name == "checkpoint-2"
+    survived(lost=saves_lost(folder))
     assert in_process(train, folder, model=tiny_model(**LARGE)) == 0
     assert find_last_valid_checkpoint(folder).name == "checkpoint-10"
 
@@ -244,12 +274,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def test_a_full_disk(small_disk, tmp_path):
+@fault("The disk full in a save", PREVIOUS)
+def test_a_full_disk(small_disk, tmp_path, survived):
     """The second checkpoint does not fit; the first stays, and with space the run goes on from it."""
     report = tmp_path / "error"
     assert in_process(train_and_report, small_disk, report) == 1
     assert "No space left" in report.read_text() or "unexpected pos" in report.read_text()
     assert find_last_valid_checkpoint(small_disk).name == "checkpoint-2"
+    survived(lost=saves_lost(small_disk))
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     assert in_process(train, small_disk, model=tiny_model(**LARGE)) == 0
     assert find_last_valid_checkpoint(small_disk).name == "checkpoint-10"
@@ -263,12 +295,14 @@ class NoRoomForTheManifest(TrainerCallback):
             (Path(args.output_dir) / "checkpoint-4" / MANIFEST_NAME).mkdir()
 
 
-def test_the_manifest_cannot_be_written(tmp_path):
+@fault("The manifest of a checkpoint cannot be written", PREVIOUS)
+def test_the_manifest_cannot_be_written(tmp_path, survived):
     """The run goes on, the checkpoint does not count."""
     tiny_trainer(tmp_path, ValidatedCheckpointCallback(), NoRoomForTheManifest(), max_steps=4).train()
     (event,) = read_events(tmp_path)
     assert (event.severity, event.step) == ("error", 4) and "checkpoint-4 was not committed" in event.message
     assert find_last_valid_checkpoint(tmp_path).name == read_latest(tmp_path) == "checkpoint-2"
+    survived(lost=saves_lost(tmp_path))
 
 
 @pytest.mark.slow

@@ -301,7 +301,11 @@ run(folder, *callbacks, max_steps=40, save_strategy="steps", save_steps=4, resum
 
 
 @pytest.mark.slow
-def test_a_training_is_killed_hangs_and_is_stopped(tmp_path):
+@pytest.mark.fault(
+    "A supervised training is killed, hangs, and is asked to stop",
+    survived_if="it is started again twice, resumes, and ends where it was asked to; the ledger adds up",
+)
+def test_a_training_is_killed_hangs_and_is_stopped(tmp_path, survived):
     run_folder = tmp_path / "run"
     command = [sys.executable, "-c", TRAINING, "--output_dir", str(run_folder)]
     path = os.environ.get("PYTHONPATH", "")
@@ -317,3 +321,4 @@ def test_a_training_is_killed_hangs_and_is_stopped(tmp_path):
     assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall_seconds, rel=0.01)
     assert goodput.wall_seconds == pytest.approx(goodput.timeline[-1].end - goodput.timeline[0].start, rel=0.01)
     assert goodput.seconds["startup"] > 0 and goodput.seconds["restart_gap"] > 0.2
+    survived(3)
