@@ -1,12 +1,13 @@
 """Fused kernels of hf-sigma, installed and imported as ``sigma_kernels``.
 
 Floor 0 of the tree: needs torch and Triton only and imports nothing of hf-sigma. Models reach it through guarded
-imports and run on transformers' own backends where it, or Triton, is missing; what needs no Triton (MSign's signs)
-works there too.
+imports and run on transformers' own backends where it, or Triton, is missing; what needs no Triton (MSign's
+signs, cross-entropy by blocks) works there too.
 """
 
 import torch
 
+from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grid
 from .polar import Polar, polar_factor, polar_with_rank, spectral_norm
 
 
@@ -34,4 +35,13 @@ def can_run(device: torch.device) -> bool:
     return device.type == "cuda" or triton.knobs.runtime.interpret
 
 
-__all__ = ["Polar", "can_run", "polar_factor", "polar_with_rank", "spectral_norm", *_NEED_TRITON]
+__all__ = [
+    "Polar",
+    "can_run",
+    "linear_cross_entropy",
+    "linear_cross_entropy_grid",
+    "polar_factor",
+    "polar_with_rank",
+    "spectral_norm",
+    *_NEED_TRITON,
+]

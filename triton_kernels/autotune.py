@@ -23,6 +23,8 @@ TUNED = Path(__file__).parent / "tuned"
 KERNELS = ("up", "down", "dz", "dx", "dw1", "dw2", "decode")
 # Of `neuron_topk_mlp`: with the tiles of `default_tile`, which nothing tunes.
 NEURON_KERNELS = ("neuron_gate", "neuron_select", "neuron_up_down", "neuron_sum")
+# Of `linear_cross_entropy`: with the tiles of `head_tiles`, which nothing tunes.
+HEAD_KERNELS = ("head_lse", "head_dlogits", "head_dhidden", "head_dweight")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _forced: "Tile | None" = None
@@ -124,6 +126,26 @@ def default_tile(kernel: str, shape: Shape) -> Tile:
     if shape.rows <= 128:
         return Tile(64, 64, 64, num_warps=4, num_stages=4)
     return Tile(128, 64 if kernel == "up" else 128, 64, num_warps=8, num_stages=3)
+
+
+def head_tiles(width: int, tokens: int, dtype: torch.dtype) -> dict[str, Tile]:
+    """The tile of each kernel of `linear_cross_entropy`, by name, for a head that is `width` wide.
+
+    Rows and columns are tokens and classes; in `head_dhidden` tokens and width, in `head_dweight` classes and width.
+    """
+    if _forced is not None:
+        return dict.fromkeys(HEAD_KERNELS, _forced)
+    wide = dtype == torch.float32
+    across = min(max(16, 1 << (width - 1).bit_length()), 64 if wide else 128)
+    few = wide or tokens <= 64
+    rows, warps = (64, 4) if few else (128, 8)
+    logits = Tile(rows, 64 if wide else 128, min(across, 32 if few else 64), num_warps=warps, num_stages=3)
+    return {
+        "head_lse": logits,
+        "head_dlogits": logits,
+        "head_dhidden": Tile(rows, across, 16 if wide else 64, num_warps=warps, num_stages=3),
+        "head_dweight": Tile(64, across, 32, num_warps=4, num_stages=3),
+    }
 
 
 @contextmanager

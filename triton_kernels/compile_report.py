@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from .autotune import KERNELS, NEURON_KERNELS, Shape, Tile, _tiles_for, forced_tile
-from .launches import Launch, layer_launches, neuron_launches
+from .autotune import (
+    HEAD_KERNELS,
+    KERNELS,
+    NEURON_KERNELS,
+    Shape,
+    Tile,
+    _tiles_for,
+    forced_tile,
+    head_tiles,
+)
+from .launches import DTYPES as TORCH_DTYPES
+from .launches import Launch, head_launches, layer_launches, neuron_launches
 from .neuron_topk import SELECT_ON
 
 
@@ -52,7 +62,24 @@ MODELS = {
     "Mixtral-8x7B": Model(8, 2, 4096, 14336),
     "DeepSeek-V3": Model(256, 8, 7168, 2048),
 }
-LOADS = tuple(2**power for power in range(13))  # mean rows per expert
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head over a vocabulary: classes, full width, and the prefixes of it that have losses of their own."""
+
+    classes: int
+    hidden: int
+    widths: tuple[int, ...]
+
+
+HEADS = {
+    "m3BERT": Head(250002, 768, (32, 64, 128, 768)),
+    "in-batch negatives": Head(32768, 384, (8, 64, 384)),  # documents; without bias
+}
+
+
+LOADS = tuple(2**power for power in range(13))  # mean rows per expert; of a head, tokens
 # fp32 weights that are cast for the products, as under autocast: gradients of weights are fp32.
 DTYPES = ("bf16", "fp16", "fp32", "bf16 of fp32")
 ARCHS = (80, 90, 100)
@@ -89,8 +116,9 @@ INSTRUCTIONS = {
 }
 # Not specialised, so that no number of tokens compiles anew.
 RUN_TIME_SIZES = ("num_tiles", "K", "E", "P", "k", "splits")
+RUN_TIME_SIZES += ("tokens", "classes", "tiles", "first", "each", "width")
 TENSOR_CORES = ("mma", "wgmma", "tcgen05")
-ROLES = KERNELS + NEURON_KERNELS
+ROLES = KERNELS + NEURON_KERNELS + HEAD_KERNELS
 
 _one_target = threading.Lock()  # Triton's driver is one for all threads
 
@@ -279,9 +307,26 @@ def _neuron_launches(shape: Shape, slots: int) -> Iterator[Launch]:
             yield from neurons(select_on=select_on, transposed=transposed)
 
 
+def shipped_heads(name: str, dtype: str, tokens: int, *, tile: Tile | None = None) -> Iterator[tuple[Launch, Tile]]:
+    """The launches of `linear_cross_entropy` and its backward, of each width alone and of all as one grid."""
+    head, (kind, _, masters) = HEADS[name], dtype.partition(" of ")
+    for width in head.widths:
+        tiles = dict.fromkeys(HEAD_KERNELS, tile) if tile else head_tiles(width, tokens, TORCH_DTYPES[kind])
+        for cells in (1, 2):
+            with forced_tile(tile) if tile else nullcontext():
+                launches = head_launches(
+                    *(width, head.classes, tokens, kind),
+                    full_width=head.hidden,
+                    cells=cells,
+                    bias=name == "m3BERT",
+                    masters=bool(masters),
+                )
+            yield from ((launch, tiles[launch.role]) for launch in launches)
+
+
 def report(
     arch: int,
-    models: Iterable[str] = tuple(MODELS),
+    models: Iterable[str] = (*MODELS, *HEADS),
     dtypes: Iterable[str] = DTYPES,
     loads: Iterable[int] = LOADS,
     *,
@@ -290,12 +335,16 @@ def report(
     device: str = "cpu",
     jobs: int = 1,
 ) -> list[Row]:
-    """Compile all that the layers of `models` launch on `arch`, each distinct compilation once."""
+    """Compile all that the layers and heads of `models` launch on `arch`, each distinct compilation once."""
     kernels, rows = {}, {}
     for name in models:
         for dtype in dtypes:
             for load in loads:
-                for launch, used in shipped_launches(MODELS[name], dtype, load, tile=tile, device=device):
+                if name in HEADS:
+                    shipped = shipped_heads(name, dtype, load, tile=tile)
+                else:
+                    shipped = shipped_launches(MODELS[name], dtype, load, tile=tile, device=device)
+                for launch, used in shipped:
                     if launch.role not in roles:
                         continue
                     found = specialise(launch, arch)
@@ -317,7 +366,7 @@ def _variant(found: Specialisation) -> str:
     aligned = {at[0] for at, values in found.attributes if ("tt.divisibility", 16) in values}
     constants = {names[at[0]]: value for at, value in found.constants}
     parts = [found.name.removesuffix("_kernel").replace("_", " ")] if found.name.startswith("decode") else []
-    shown = ("SAVE", "stride_n", "stride_r", "SCORE", "BLOCK", "stride_h", "stride_j")
+    shown = ("SAVE", "stride_n", "stride_r", "SCORE", "BLOCK", "stride_h", "stride_j", "BIAS", "ADD")
     parts += [f"{name}={constants[name]}" for name in shown if name in constants]
     parts += [
         f"{name} % 16"
@@ -346,7 +395,7 @@ def markdown(arch: int, rows: list[Row]) -> str:
     for row in rows:
         tile, compiled = row.tile, row.compiled
         counts = ", ".join(f"{count} {kind}" for kind, count in compiled.instructions.items() if count)
-        where = "all" if len(row.models) == len(MODELS) else ", ".join(row.models)
+        where = "all" if set(row.models) >= set(MODELS) else ", ".join(row.models)
         lines.append(
             f"| {row.role} | {row.dtype} | {tile.rows}x{tile.columns}x{tile.depth}, {tile.num_warps}, "
             f"{tile.num_stages} | {row.variant} | {_ranges(row.loads)} | {compiled.registers} | {compiled.spills} | "
@@ -376,9 +425,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m sigma_kernels.compile_report", description=__doc__.split("\n\n")[1]
     )
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=list(LIMITS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    every = [*MODELS, *HEADS]
+    parser.add_argument("--models", nargs="+", default=every, choices=every)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--loads", type=int, nargs="+", default=LOADS, help="mean rows per expert")
+    parser.add_argument("--loads", type=int, nargs="+", default=LOADS, help="mean rows per expert, or tokens")
     parser.add_argument("--kernels", nargs="+", default=ROLES, choices=ROLES)
     parser.add_argument("--tile", type=parse_tile, help="64x128x32,4,3 instead of the tiles that would run")
     parser.add_argument("--device", default="cpu", help="whose tuned tiles; by default the untuned ones")

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from triton.runtime.jit import KernelInterface
 
-from . import grouped_mlp, grouped_mlp_kernels, neuron_topk, neuron_topk_kernels
-from .autotune import NEURON_KERNELS, Shape
+from . import (
+    grouped_mlp,
+    grouped_mlp_kernels,
+    linear_cross_entropy_kernels,
+    neuron_topk,
+    neuron_topk_kernels,
+)
+from .autotune import HEAD_KERNELS, NEURON_KERNELS, Shape
+from .linear_cross_entropy_launch import backward, forward
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,8 +41,8 @@ class Launch:
 
     @property
     def role(self) -> str:
-        """What the kernel does in the layer, one of `autotune.KERNELS` or `NEURON_KERNELS`."""
-        if self.name.removesuffix("_kernel") in NEURON_KERNELS:
+        """What the kernel does in the layer, one of `autotune.KERNELS` or of the other lists there."""
+        if self.name.removesuffix("_kernel") in NEURON_KERNELS + HEAD_KERNELS:
             return self.name.removesuffix("_kernel")
         if self.name == "rows_kernel":
             return "down" if self.options["SCALE"] else "dx"
@@ -65,7 +72,7 @@ def recorded(*, perform: bool) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     real = [
         (module, name, value)
-        for module in (grouped_mlp_kernels, neuron_topk_kernels)
+        for module in (grouped_mlp_kernels, linear_cross_entropy_kernels, neuron_topk_kernels)
         for name, value in vars(module).items()
         if isinstance(value, KernelInterface) and not name.startswith("_")
     ]
@@ -130,4 +137,32 @@ def neuron_launches(
     weights = torch.rand(1, slots, device=device)
     with recorded(perform=False) as launches:
         neuron_topk._launch(x, w1, w2, w2_t, index, weights, neuron_top_k, select_on)
+    return launches
+
+
+def head_launches(
+    width: int,
+    classes: int,
+    tokens: int,
+    dtype: str,
+    *,
+    full_width: int | None = None,
+    cells: int = 1,
+    bias: bool = True,
+    masters: bool = False,
+) -> list[Launch]:
+    """Launches of `linear_cross_entropy` and its backward for a head that is the prefix `[:, :width]` of one with
+    `full_width`, as in [`layer_launches`]; with several `cells`, of `linear_cross_entropy_grid` with equal ones."""
+    like = {"device": "meta", "dtype": DTYPES[dtype]}
+    full_width = full_width or width
+    of_weight = like | ({"dtype": torch.float32} if masters else {})
+    weight = torch.empty(classes, full_width, **of_weight)[:, : width if cells == 1 else full_width]
+    offset = torch.empty(classes, **of_weight) if bias else None
+    hiddens = [torch.empty(tokens, full_width, **like)[:, :width]] * cells
+    labels = torch.empty(tokens, device="meta", dtype=torch.int64)
+    arguments = (hiddens, weight, offset, labels)
+    with recorded(perform=False) as launches:
+        losses, lse = forward(*arguments, -100, DTYPES[dtype])
+        wanted = [True] * (cells + 1) + [bias]
+        backward(torch.empty_like(losses), *arguments, lse, -100, DTYPES[dtype], wanted)
     return launches

@@ -104,3 +104,23 @@ def polar_factor(matrix: torch.Tensor, *, rtol: float | None = None) -> torch.Te
         if s[i] > rtol * s[0]:
             out = out + torch.outer(u[:, i], vt[i])
     return out
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """`loss[n] = logsumexp(z[n]) - z[n, y[n]]`, `z = h W^T + b`, for `hidden (N, H)`, `weight (V, H)` and labels `y`;
+    0 where the label is `ignore_index`, which does not count for the mean. The mean of nothing is 0."""
+    counts = labels != ignore_index
+    logits = F.linear(hidden, weight, bias)  # (N, V)
+    chosen = logits.gather(1, labels.where(counts, 0)[:, None]).squeeze(1)
+    losses = torch.where(counts, logits.logsumexp(1) - chosen, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / (counts.sum().clamp(min=1) if reduction == "mean" else 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sigma_kernels.autotune import Shape, Tile, default_tile, forced_tile
+from sigma_kernels.autotune import Shape, Tile, default_tile, forced_tile, head_tiles
 from sigma_kernels.benchmarks import experts, neurons, offline
 from sigma_kernels.benchmarks.__main__ import main
 from sigma_kernels.benchmarks.experts import Cell, cells, measure_cell, run_cells
@@ -19,7 +19,8 @@ from sigma_kernels.benchmarks.report import draw, markdown
 from sigma_kernels.benchmarks.routings import ROUTINGS, route
 from sigma_kernels.benchmarks.saved import saved_bytes
 from sigma_kernels.benchmarks.timing import Arm, median_interval, time_in_turns, wall_clock
-from sigma_kernels.compile_report import MODELS, Model
+from sigma_kernels.compile_report import HEADS, MODELS, Model
+from sigma_kernels.launches import DTYPES
 from tests.triton_kernels.fresh_process import python
 
 
@@ -248,7 +249,7 @@ def test_the_command_line_lists_its_benchmarks():
     done = python("-m", "sigma_kernels.benchmarks", "--help", interpret=False)
 
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("experts", "neurons", "saved"))
+    assert all(name in done.stdout for name in ("experts", "linear_cross_entropy", "neurons", "saved"))
 
 
 def test_committed_compile_reports_are_of_the_shipped_tiles_and_name_no_machine():
@@ -260,7 +261,12 @@ def test_committed_compile_reports_are_of_the_shipped_tiles_and_name_no_machine(
         assert str(Path.home()) not in text and str(experts.RESULTS.parents[2]) not in text
         for row in json.loads(text)["compilations"]:
             assert row["problems"] == []
+            kind = row["dtype"].split()[0]
             for model, load in itertools.product(row["models"], row["loads"]):
-                experts_of = MODELS[model]
-                shape = Shape(experts_of.experts, experts_of.hidden, experts_of.inner, row["dtype"].split()[0], load)
-                assert asdict(default_tile(row["role"], shape)) == row["tile"]
+                if model in HEADS:
+                    tiles = [head_tiles(width, load, DTYPES[kind])[row["role"]] for width in HEADS[model].widths]
+                    assert row["tile"] in [asdict(tile) for tile in tiles]
+                else:
+                    of = MODELS[model]
+                    shape = Shape(of.experts, of.hidden, of.inner, kind, load)
+                    assert asdict(default_tile(row["role"], shape)) == row["tile"]

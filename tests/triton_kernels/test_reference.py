@@ -62,3 +62,16 @@ def test_of_equal_neurons_the_first_are_kept():
     gate = torch.tensor([0.0, 1.0, -0.0, 1.0, 1.0, 0.0])
     assert reference.neuron_mask(gate, gate, 2).tolist() == [False, True, False, True, False, False]
     assert reference.neuron_mask(gate, gate, 5).tolist() == [True, True, True, True, True, False]
+
+
+def test_the_linear_cross_entropy_is_that_of_torch_and_its_mean_of_nothing_is_zero():
+    hidden, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((6, 3), (9, 3), (9,)))
+    labels = torch.tensor([0, 8, -100, 3, 3, -100])
+    for offset in (bias, None):
+        logits = torch.nn.functional.linear(hidden, weight, offset)
+        for reduction in ("mean", "sum", "none"):
+            got = reference.linear_cross_entropy(hidden, weight, offset, labels, reduction=reduction)
+            torch.testing.assert_close(got, torch.nn.functional.cross_entropy(logits, labels, reduction=reduction))
+    torch.autograd.gradcheck(lambda *t: reference.linear_cross_entropy(*t, labels), (hidden, weight, bias))
+    nothing = reference.linear_cross_entropy(hidden, weight, bias, torch.full_like(labels, -100))
+    assert nothing == 0 and not any(g.any() for g in torch.autograd.grad(nothing, (hidden, weight, bias)))

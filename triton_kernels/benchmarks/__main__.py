@@ -3,10 +3,15 @@
 import argparse
 import sys
 
-from . import experts, neurons, saved
+from . import experts, linear_cross_entropy, neurons, saved
 
 
-BENCHMARKS = {"experts": experts, "neurons": neurons, "saved": saved}
+BENCHMARKS = {
+    "experts": experts,
+    "linear_cross_entropy": linear_cross_entropy,
+    "neurons": neurons,
+    "saved": saved,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

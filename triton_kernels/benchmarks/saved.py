@@ -10,6 +10,7 @@ import json
 import torch
 from torch import nn
 
+from .allocations import kept_bytes
 from .layers import layers
 from .routings import route
 
@@ -19,18 +20,7 @@ SHAPES = ((64, 1, 8, 64, 32), (64, 2, 8, 64, 32), (64, 4, 8, 32, 64))  # tokens,
 
 def saved_bytes(layer, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, known: list[torch.Tensor]) -> int:
     """Bytes that autograd keeps for the backward, each storage once, without those of `known`."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = layer(x, index, weights)
-    kept = {pointer: size for pointer, size in storages.items() if pointer}
-    for tensor in (x, index, weights, out, *known):
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(kept.values())
+    return kept_bytes(lambda: layer(x, index, weights), [x, index, weights, *known])
 
 
 def measure(dtype: torch.dtype = torch.bfloat16) -> list[dict]:
