@@ -72,11 +72,14 @@ test-slow: $(INSTALLED)  ## the tests marked slow
 test-gpu: $(INSTALLED)  ## the tests marked gpu, one process
 	$(BIN)/pytest -m gpu --durations=10 $(ARGS)
 
+DISTRIBUTED := is_tensor_parallel_test or is_expert_parallel_test or is_fsdp_test
+
 # Of the oldest release the distributed tests only: sharding is what changed most since, and `test-oldest` does the rest.
-# A family takes many minutes there; the sisters of Sigma-MoE, whose blocks are the same, run under the newest alone.
+# A family takes many minutes there: the sisters of Sigma-MoE, whose blocks are the same, run under the newest alone, and
+# the encoders, whose blocks are transformers' own, without the distributed ones.
 test-transformers: $(INSTALLED) $(OLDEST)/.installed  ## transformers' own common tests on our models; skips compared with Qwen3-MoE's
-	$(call common_tests,$(BIN),newest,)
-	$(call common_tests,$(OLDEST)/bin,oldest,-m "is_tensor_parallel_test or is_expert_parallel_test or is_fsdp_test" -k "not MoneTest and not MMoeTest")
+	$(call common_tests,$(BIN),newest,-k "not (Bert and ($(DISTRIBUTED)))")
+	$(call common_tests,$(OLDEST)/bin,oldest,-m "$(DISTRIBUTED)" -k "SigmaMoeTest or Qwen3MoeTest")
 
 # The lower bounds of pyproject.toml in place of the pins of constraints.txt. Only the pins of what we name ourselves stay:
 # those of what they bring belong to the newest set (datasets 5.0 wants an older fsspec).

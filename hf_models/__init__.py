@@ -1,8 +1,9 @@
 """transformers models of the Sigma papers. Importing this package registers them with the Auto classes."""
 
-from . import moe
+from . import m3bert, moe
 
 
+m3bert.register()
 moe.register()
 
-__all__ = ["moe"]
+__all__ = ["m3bert", "moe"]

@@ -26,6 +26,14 @@ def test_a_report_without_both_sides_is_no_pass():
     assert compare({"OursTest": {"test_a": None}})
 
 
+def test_an_encoder_is_compared_with_encoders():
+    outcomes = {YARDSTICK: {"test_generate": None}, "M3BertTest": {"test_a": None, "test_b": "no SDPA"}}
+    (finding,) = compare(outcomes)
+    assert "M3BertTest" in finding and "BertTest" in finding
+    assert compare(outcomes | {"BertTest": {"test_a": None}}) == []
+    assert compare(outcomes | {"BertTest": {"test_b": None}}) == ["M3BertTest::test_b: no SDPA"]
+
+
 def test_reads_pytests_report(tmp_path):
     (tmp_path / "junit.xml").write_text(
         "<testsuites><testsuite>"
