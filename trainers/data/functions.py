@@ -57,7 +57,7 @@ def instruction_dataset(dataset: Dataset) -> Dataset:
     """
     rows = []
     for function in python_functions(dataset):
-        task = _first_sentence(function["docstring"])
+        task = first_sentence(function["docstring"])
         if not task:
             continue
         request = f"Write a Python function `{function['name']}({function['arguments']})` that does this: {task}"
@@ -115,7 +115,8 @@ def _prompt_and_body(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[s
     return "".join(dedented[:cut]), "".join(dedented[cut:])
 
 
-def _first_sentence(docstring: str) -> str:
+def first_sentence(docstring: str) -> str:
+    """The first sentence of a docstring's first paragraph, on one line; empty if there is none."""
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     sentence, stop, _ = paragraph.partition(". ")
     return sentence + stop.strip()

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -17,7 +17,9 @@ END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
 END_OF_TURN = "<|end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, *ROLE_TOKENS, END_OF_TURN)
-MINIMUM_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# Ids 0 to 4 of an encoder's tokenizer: XLM-R's first four in its order, then the mask.
+ENCODER_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 # The split pattern of o200k_base, the family's vocabulary. It keeps indentation in one piece.
 _SPLIT_PATTERN = "|".join(
@@ -78,27 +80,7 @@ def train_tokenizer(
     Raises:
         ValueError: `vocab_size` is below the 256 bytes and 5 special tokens, or there is no text.
     """
-    if vocab_size < MINIMUM_VOCAB_SIZE:
-        raise ValueError(
-            f"vocab_size={vocab_size} is below {MINIMUM_VOCAB_SIZE}, which the 256 bytes and {len(SPECIAL_TOKENS)} "
-            f"special tokens take: use {MINIMUM_VOCAB_SIZE} or more."
-        )
-    backend = Tokenizer(BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=show_progress,
-    )
-    backend.train_from_iterator(_require_text(texts), trainer=trainer)
+    backend = _train_byte_level_bpe(texts, SPECIAL_TOKENS, vocab_size, min_frequency, show_progress)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -112,8 +94,51 @@ def train_tokenizer(
         chat_template=CHAT_TEMPLATE,
         **({} if model_max_length is None else {"model_max_length": model_max_length}),
     )
-    if len(tokenizer) < vocab_size:
-        logger.warning(f"vocab_size={vocab_size} asked for, but the texts support only {len(tokenizer)} tokens")
+    _warn_if_smaller(tokenizer, vocab_size)
+    return tokenizer
+
+
+def train_encoder_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    model_max_length: int | None = None,
+    min_frequency: int = 2,
+    show_progress: bool = True,
+) -> PreTrainedTokenizerFast:
+    """
+    Train a byte-level BPE tokenizer for an encoder: bos, pad, eos and unknown have XLM-R's ids 0 to 3, the mask is 4.
+
+    Lossless and deterministic as `train_tokenizer`. A text becomes `<s> text </s>`, a pair of texts
+    `<s> one </s></s> two </s>`; padding goes to the right.
+
+    Args:
+        texts, vocab_size, model_max_length, min_frequency: as for `train_tokenizer`.
+
+    Raises:
+        ValueError: as `train_tokenizer`.
+    """
+    backend = _train_byte_level_bpe(texts, ENCODER_SPECIAL_TOKENS, vocab_size, min_frequency, show_progress)
+    bos, pad, eos, unknown, mask = ENCODER_SPECIAL_TOKENS
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} {eos} $B {eos}",
+        special_tokens=[(bos, ENCODER_SPECIAL_TOKENS.index(bos)), (eos, ENCODER_SPECIAL_TOKENS.index(eos))],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        cls_token=bos,
+        pad_token=pad,
+        eos_token=eos,
+        sep_token=eos,
+        unk_token=unknown,
+        mask_token=mask,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **({} if model_max_length is None else {"model_max_length": model_max_length}),
+    )
+    _warn_if_smaller(tokenizer, vocab_size)
     return tokenizer
 
 
@@ -156,3 +181,36 @@ def _require_text(texts: Iterable[str]) -> Iterator[str]:
     if first is None:
         raise ValueError("texts: there is no text to train a tokenizer on; check the dataset and its text column.")
     return chain([first], texts)
+
+
+def _train_byte_level_bpe(
+    texts: Iterable[str], special_tokens: tuple[str, ...], vocab_size: int, min_frequency: int, show_progress: bool
+) -> Tokenizer:
+    minimum = 256 + len(special_tokens)
+    if vocab_size < minimum:
+        raise ValueError(
+            f"vocab_size={vocab_size} is below {minimum}, which the 256 bytes and {len(special_tokens)} "
+            f"special tokens take: use {minimum} or more."
+        )
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    backend.train_from_iterator(_require_text(texts), trainer=trainer)
+    return backend
+
+
+def _warn_if_smaller(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    if len(tokenizer) < vocab_size:
+        logger.warning(f"vocab_size={vocab_size} asked for, but the texts support only {len(tokenizer)} tokens")

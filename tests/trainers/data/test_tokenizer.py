@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from trainers.data import load_tokenizer, train_tokenizer
+from trainers.data import load_tokenizer, train_encoder_tokenizer, train_tokenizer
 
 
 TEXTS = [
@@ -89,3 +89,20 @@ def test_bad_input(tmp_path, tokenizer):
     without_eos.save_pretrained(tmp_path / "no_eos")
     with pytest.raises(ValueError, match="no end-of-sequence token"):
         load_tokenizer(tmp_path / "no_eos")
+
+
+# --- encoders --------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_has_xlm_rs_special_ids_and_a_mask():
+    tokenizer = train_encoder_tokenizer(["ein Text", "a text"] * 4, vocab_size=300, show_progress=False)
+    ids = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    assert ids == [0, 1, 2, 3] and tokenizer.mask_token_id == 4
+    assert (tokenizer.cls_token_id, tokenizer.sep_token_id) == (0, 2)
+    one, two = tokenizer("a text").input_ids, tokenizer("a text", "ein").input_ids
+    assert one[0] == 0 and one[-1] == 2 and two[: len(one)] == one and two[len(one)] == 2 and two[-1] == 2
+    assert tokenizer.decode(one, skip_special_tokens=True) == "a text"
+    batch = tokenizer(["a", "a longer text"], padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"} and batch["input_ids"][0][-1] == 1
+    with pytest.raises(ValueError, match="below 261, which the 256 bytes and 5 special tokens take"):
+        train_encoder_tokenizer(["a"], vocab_size=260)
