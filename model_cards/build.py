@@ -41,6 +41,7 @@ TASKS = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForSentenceEmbedding": ("AutoModelForTextEncoding", "sentence-similarity"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),  # GPT-2
     "Model": ("AutoModel", "feature-extraction"),
@@ -91,6 +92,7 @@ def build_card(run_folder: str | Path, *, template: str | Path | None = None, re
         pipeline_tag=pipeline_tag,
         model_id=Markup(json.dumps(repo_id or _folder_id(run_folder))),  # a Python string, quotes included
         has_weights=any(run_folder.glob("*.safetensors")),
+        config=config,
         details=_details(config, results),
         evidence=_evidence(results, run_folder),
         compatibility=read_compatibility(PACKAGE / results.method),
@@ -214,12 +216,18 @@ def _details(config: dict[str, Any], results: Results) -> list[tuple[str, str]]:
         ("Active experts per layer", _active_experts(config)),
         ("Active experts in training", _drawn_experts(config)),
         ("Neurons of an active expert that a token uses", _neurons(config)),
+        ("Depths that it can be cut to (layers)", _listed(config.get("mrl_layers"))),
+        ("Widths that it can be cut to (entries)", _listed(config.get("mrl_dims"))),
         ("Vocabulary", config.get("vocab_size")),
         ("Context length (tokens)", config.get("max_position_embeddings")),
     ]
     return [
         (name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in rows if value is not None
     ]
+
+
+def _listed(values: list[int] | None) -> str | None:
+    return None if values is None else ", ".join(map(str, values))
 
 
 def _heads(config: dict[str, Any]) -> str | None:

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
 from hf_models.moe.elastic import experts_in_force
@@ -23,7 +30,8 @@ from trainers.report import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LOAD, TRAIN, MONE, M_MOE, GROWTH, RELIABILITY, MSIGN, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LOAD, TRAIN, MONE, M_MOE, GROWTH, M3BERT, RELIABILITY, MSIGN, KERNELS = EXAMPLES
 
 
 def test_the_load_example_generates(tmp_path, monkeypatch, capsys):
@@ -107,6 +115,20 @@ def test_the_growth_example_grows_and_the_exact_ways_are_exact():
     for exact in ({"width_factor": 2, "noise_alpha": 0.0}, {"depth_factor": 2, "depth_copy_init": "zero_output"}):
         grown = grow_model(model, GrowthPlan(**exact))
         torch.testing.assert_close(grown(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_encoder_example_is_cut_to_a_model_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"ids": torch.arange(10).view(2, 5)}
+    exec(compile(M3BERT, "README", "exec"), names)
+    assert names["vectors"].shape == (2, 64) and len(names["small"].model.layers) == 4
+    assert torch.equal(names["small"](names["ids"]).embeddings, names["vectors"])
+    names["encoder"].save_pretrained("runs/whole")
+    for options in ({}, {"num_layers": 4, "embed_dim": 64}):
+        folder = "runs/whole" if options else "runs/small"
+        loaded = AutoModelForTextEncoding.from_pretrained(folder, **options).eval()
+        assert torch.equal(loaded(names["ids"]).embeddings, names["vectors"])
 
 
 def test_the_experts_example_switches_and_computes():
@@ -220,6 +242,37 @@ def test_the_cost_of_the_reliability_set_is_that_of_the_committed_report():
     assert report["verdict"] == "not resolved" and "is not resolved" in section
     assert f"a ratio of {ratio['median']:.3f}, between {ratio['low']:.3f} and {ratio['high']:.3f}" in section
     assert f"own time is {100 * report['share_of_all']:.2f} % of it" in section
+
+
+def test_the_numbers_of_m3bert_are_those_of_the_committed_results():
+    metrics, section = measured("m3bert"), " ".join(README.split("## What was measured so far")[1].split())
+    corner, alone = metrics["recall_at_10_small_corner"], metrics["recall_at_10_alone_layer_1_dim_16"]
+    values = [corner.value] + [corner.baseline[arm].value for arm in ("plain", "plain_equal_seconds", "plain_st2d")]
+    after, plain, seconds, st2d = (f"{value:.3f}" for value in values)
+    assert f"{after} after pre-training on the whole grid, {plain} after plain pre-training" in section
+    assert f"{seconds} for as many seconds, {st2d} with Matryoshka2dLoss" in section
+    assert {baseline.verdict for baseline in corner.baseline.values()} == {"null"}
+    assert f"plain is better ({alone.baseline['plain'].value:.3f} against {alone.value:.3f} at layer 1" in section
+    assert alone.baseline["plain"].verdict == "fails"
+
+
+def test_the_costs_of_m3bert_are_those_of_the_committed_reports():
+    section = " ".join(README.split("## One encoder")[1].split("## Runs that")[0].split())
+    (file,) = (ROOT / "triton_kernels" / "benchmarks" / "results").glob("linear-cross-entropy-cpu-*.json")
+    cells = json.loads(file.read_text())["cells"]
+    memory = cells["256x250002x12 heads"]["arms"]
+    megabytes = {name: f"{memory[name]['activation_bytes'] / 1e6:,.0f}" for name in memory}
+    ours, plain = megabytes["linear_cross_entropy_grid"], megabytes["plain"]
+    assert f"needs {ours} MB for activations where torch's cross-entropy needs {plain}" in section
+    faster = cells["64x250002x12 heads"]["arms"]["linear_cross_entropy_grid"]["faster_than_plain"]["median"]
+    assert f"in {1 / faster:.2f} of the time at 64 tokens" in section
+    (file,) = (ROOT / "trainers" / "benchmarks" / "results").glob("encoder-*.json")
+    comparisons = json.loads(file.read_text())["comparisons"]
+    whole, third = (next(c for c in comparisons if (c["layer"], c["length"]) == (n, 256)) for n in (12, 4))
+    values = [f"{c['process']['ratio']['median']:.2f}" for c in (whole, third)]
+    assert f"takes {values[0]} of the time, and {values[1]} at a third of the depth" in section
+    points = [round(100 * (c["process"]["ratio"]["high"] - c["process"]["ratio"]["low"])) for c in (whole, third)]
+    assert f"intervals of {points[0]} and {points[1]} points" in section and whole["verdict"] == "not resolved"
 
 
 def test_the_cost_of_msign_is_that_of_the_committed_report():

@@ -2,10 +2,10 @@
 
 import argparse
 
-from . import decode, msign, reliability, step
+from . import decode, encoder, msign, reliability, step
 
 
-BENCHMARKS = {"decode": decode, "msign": msign, "reliability": reliability, "step": step}
+BENCHMARKS = {"decode": decode, "encoder": encoder, "msign": msign, "reliability": reliability, "step": step}
 
 
 def main(arguments: list[str] | None = None) -> None:

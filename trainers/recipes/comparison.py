@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -93,9 +94,10 @@ Build = Callable[[Job, LanguageData], Start | tuple[PreTrainedModel, list[Traine
 
 @dataclasses.dataclass
 class Comparison:
-    """The runs at each arm's learning rate, one for each seed in the order of the seeds."""
+    """The runs at each arm's learning rate, one for each seed in the order of the seeds. `fits` are [`Fit`]s, or what
+    else [`search_rates`] was given to run."""
 
-    fits: dict[str, list[Fit]]
+    fits: dict[str, list[Any]]
     jobs: dict[str, list[Job]]
     root: Path
 
@@ -144,14 +146,29 @@ def compare_arms(
     rate)`: by default a run of `base.max_steps`."""
     if job_of is None:
         job_of = partial(Job, steps=base.max_steps)
+    run = partial(run_jobs, workers=args.workers, base=base, data=data, build=build)
+    return search_rates(args, arms, run, Path(base.output_dir), job_of=job_of)
+
+
+def search_rates(
+    args: ComparisonArguments,
+    arms: Sequence[str],
+    run: Callable[[Sequence[Job]], dict[Job, Any]],
+    root: Path,
+    *,
+    job_of: Callable[[str, int, float], Job],
+    loss_of: Callable[[Any], float] = attrgetter("nats_per_token"),
+) -> Comparison:
+    """The same for whatever a run is: `run(jobs)` gives the outcome of each, and the rate of an arm is that of its
+    lowest `loss_of(outcome)` on the first seed."""
     first, *others = args.seeds
     grid = [job_of(arm, first, rate) for arm in arms for rate in args.learning_rates]
-    fits = run_jobs(grid, args.workers, base, data, build)
-    chosen = {arm: best_learning_rate(arm, fits) for arm in arms}
+    fits = run(grid)
+    chosen = {arm: best_learning_rate(arm, fits, loss_of) for arm in arms}
     jobs = {arm: [job_of(arm, seed, chosen[arm]) for seed in args.seeds] for arm in arms}
     rest = [job for arm in arms for job in jobs[arm] if job.seed in others]
-    fits |= run_jobs(rest, args.workers, base, data, build)
-    comparison = Comparison({}, {}, Path(base.output_dir))
+    fits |= run(rest)
+    comparison = Comparison({}, {}, root)
     for arm in arms:
         comparison.add(arm, jobs[arm], fits)
     return comparison
@@ -160,19 +177,30 @@ def compare_arms(
 def run_jobs(
     jobs: Sequence[Job], workers: int, base: TrainingArguments, data: LanguageData, build: Build
 ) -> dict[Job, Fit]:
-    """Run what is missing, `workers` at a time. `ValueError` for workers below several ranks: each would start its
-    own."""
+    """Run what is missing, `workers` at a time; `ValueError` as [`require_one_rank`]."""
+    require_one_rank(workers, base)
+    if not workers:
+        return {job: run_job(job, base, data, build) for job in jobs}
+    save_data(data, Path(base.output_dir))
+    run = partial(_run_in_worker, base=base, fingerprint=data.fingerprint, build=build)
+    return run_in_workers(jobs, workers, run)
+
+
+def require_one_rank(workers: int, base: TrainingArguments) -> None:
+    """`ValueError` for workers below several ranks: each would start its own."""
     if workers and base.world_size > 1:
         raise ValueError(
             f"workers={workers} with {base.world_size} processes: give --workers 0, and all of them train one run "
             "after the other."
         )
-    if not workers:
-        return {job: run_job(job, base, data, build) for job in jobs}
-    save_data(data, Path(base.output_dir))
+
+
+def run_in_workers(jobs: Sequence[Job], workers: int, run: Callable[[Job], Any]) -> dict[Job, Any]:
+    """`run(job)` for each, in `workers` processes of one thread. `run` is a function of a module's top level, or a
+    partial of one."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(_run_in_worker, job, base, data.fingerprint, build) for job in jobs]
+        futures = [pool.submit(run, job) for job in jobs]
         try:
             return {job: future.result() for job, future in zip(jobs, tqdm(futures, desc="runs"))}
         except BaseException:  # an error, or a stop that was asked for: what has not begun need not begin
@@ -202,9 +230,11 @@ def run_job(job: Job, base: TrainingArguments, data: LanguageData, build: Build)
     return result
 
 
-def best_learning_rate(arm: str, trials: dict[Job, Fit]) -> float:
+def best_learning_rate(
+    arm: str, trials: dict[Job, Any], loss_of: Callable[[Any], float] = attrgetter("nats_per_token")
+) -> float:
     """The rate with the lowest held-out loss of an arm. `ValueError` if it diverged at every rate."""
-    own = {job.learning_rate: result.nats_per_token for job, result in trials.items() if job.arm == arm}
+    own = {job.learning_rate: loss_of(result) for job, result in trials.items() if job.arm == arm}
     finite = {rate: loss for rate, loss in own.items() if math.isfinite(loss)}
     if not finite:
         raise ValueError(f"{arm} diverged at every learning rate of {sorted(own)}. Lower --learning_rates.")
@@ -243,18 +273,23 @@ def write_comparison(
         command=command_line(),
         device=device_name(),
         versions=collect_versions(),
-        wall_seconds=_wall_seconds_so_far(comparison.root, time.perf_counter() - started),
+        wall_seconds=wall_seconds_so_far(comparison.root, time.perf_counter() - started),
         evidence=plan_of(args, base, comparison) | evidence,
         data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
         model=model,
         **fields,
     )
     write_results(comparison.root, results)
+    print_metrics(results)
+    return results
+
+
+def print_metrics(results: Results) -> None:
+    """Every number with its spread, baselines below it with their verdicts."""
     for name, metric in results.metrics.items():
         print(f"{name}: {metric.value:.4f} +- {metric.spread or 0:.4f}")
         for arm, baseline in metric.baseline.items():
             print(f"    {arm}: {baseline.value:.4f} +- {baseline.spread or 0:.4f}  {baseline.verdict or ''}")
-    return results
 
 
 def quality_metric(comparison: Comparison) -> Metric:
@@ -307,7 +342,7 @@ def measured_once(file: Path, measure: Callable[[], Any]) -> Any:
     return json.loads(file.read_text())
 
 
-def _wall_seconds_so_far(root: Path, seconds: float) -> float:
+def wall_seconds_so_far(root: Path, seconds: float) -> float:
     """Seconds of this and of earlier invocations in the same folder; a killed one counts as nothing."""
     file = root / "wall_seconds.json"
     earlier = json.loads(file.read_text()) if file.exists() else 0.0

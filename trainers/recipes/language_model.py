@@ -133,11 +133,11 @@ def fit(
     """
     folder = Path(args.output_dir)
     require_writable(folder)
-    signature = _signature(model, data, args, callbacks)
+    signature = signature_of(model, data, args, callbacks)
     known = _read_fit(folder, signature)
     if known is not None:
         logger.info(f"{name}: finished before, loaded from {folder}")
-        _restore_weights(model, folder)
+        restore_weights(model, folder)
         return known
 
     trainer = build_trainer(
@@ -181,7 +181,7 @@ def _measured(name: str, trainer: Trainer, data: LanguageData) -> Fit:
         steps=trainer.state.global_step,
         tokens=tokens,
         learning_rate=args.learning_rate,
-        train_seconds=_steady_seconds(trainer.state.log_history, trainer.state.global_step),
+        train_seconds=steady_seconds(trainer.state.log_history, trainer.state.global_step),
         nats_per_token=held_out.nats_per_token,
         bits_per_character=held_out.bits_per_character,
         parameters=trainer.model.num_parameters(),
@@ -195,7 +195,7 @@ def train_and_save(trainer: Trainer, checkpoint: Path | None) -> None:
     if checkpoint is not None and any(checkpoint.glob("*.safetensors")):
         # Trainer passes over tensors whose names the model does not have. Qwen3-MoE's files hold one tensor per expert
         # matrix, the model one for all experts, which would go back to their initialisation.
-        _restore_weights(trainer.model, checkpoint)
+        restore_weights(trainer.model, checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         over = state.global_step >= state.max_steps > 0
     try:
@@ -237,7 +237,7 @@ def _is_about_the_disk(error: Exception) -> bool:
     return isinstance(error, SafetensorError) or told_by_torch
 
 
-def _steady_seconds(history: list[dict], steps: int) -> float:
+def steady_seconds(history: list[dict], steps: int) -> float:
     """Seconds of all optimizer steps at the logged steady rate; the log survives a resume, a stopwatch does not."""
     seconds = covered = previous = 0
     for row in history:
@@ -249,14 +249,15 @@ def _steady_seconds(history: list[dict], steps: int) -> float:
     return seconds / covered * steps if covered else 0.0
 
 
-def _restore_weights(model: PreTrainedModel, folder: Path) -> None:
+def restore_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Give `model` the weights that are saved in `folder`, and the numbers of active experts that were in force."""
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     if hasattr(model, "set_experts_per_token"):
         model.set_experts_per_token(saved.config.num_experts_per_tok_per_layer or saved.config.num_experts_per_tok)
 
 
-def _signature(
+def signature_of(
     model: PreTrainedModel, data: LanguageData, args: TrainingArguments, callbacks: Sequence[TrainerCallback]
 ) -> str:
     """Hash of what decides the outcome of a run: model and the weights that it starts from, schedule, data,
