@@ -9,6 +9,7 @@ import torch
 
 from .linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grid
 from .polar import Polar, polar_factor, polar_with_rank, spectral_norm
+from .sinkhorn import sinkhorn
 
 
 # Triton has no wheels for macOS and Windows: imported when they are asked for, with its ImportError.
@@ -42,6 +43,7 @@ __all__ = [
     "linear_cross_entropy_grid",
     "polar_factor",
     "polar_with_rank",
+    "sinkhorn",
     "spectral_norm",
     *_NEED_TRITON,
 ]

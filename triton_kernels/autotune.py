@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +25,8 @@ KERNELS = ("up", "down", "dz", "dx", "dw1", "dw2", "decode")
 NEURON_KERNELS = ("neuron_gate", "neuron_select", "neuron_up_down", "neuron_sum")
 # Of `linear_cross_entropy`: with the tiles of `head_tiles`, which nothing tunes.
 HEAD_KERNELS = ("head_lse", "head_dlogits", "head_dhidden", "head_dweight")
+# Of `sinkhorn`: with the tile of `transport_tile`, which nothing tunes.
+TRANSPORT_KERNELS = ("sinkhorn",)
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _forced: "Tile | None" = None
@@ -146,6 +148,14 @@ def head_tiles(width: int, tokens: int, dtype: torch.dtype) -> dict[str, Tile]:
         "head_dhidden": Tile(rows, across, 16 if wide else 64, num_warps=warps, num_stages=3),
         "head_dweight": Tile(64, across, 32, num_warps=4, num_stages=3),
     }
+
+
+def transport_tile(columns: int) -> Tile:
+    """The tile of `sinkhorn`, which has all columns of some rows; its depth says nothing."""
+    across = max(16, 1 << (columns - 1).bit_length())
+    if _forced is not None:
+        return replace(_forced, columns=across)
+    return Tile(max(1, 4096 // across), across, 1, num_warps=8, num_stages=3)
 
 
 @contextmanager

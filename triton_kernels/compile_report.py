@@ -33,14 +33,16 @@ from .autotune import (
     HEAD_KERNELS,
     KERNELS,
     NEURON_KERNELS,
+    TRANSPORT_KERNELS,
     Shape,
     Tile,
     _tiles_for,
     forced_tile,
     head_tiles,
+    transport_tile,
 )
 from .launches import DTYPES as TORCH_DTYPES
-from .launches import Launch, head_launches, layer_launches, neuron_launches
+from .launches import Launch, head_launches, layer_launches, neuron_launches, transport_launches
 from .neuron_topk import SELECT_ON
 
 
@@ -79,7 +81,16 @@ HEADS = {
 }
 
 
-LOADS = tuple(2**power for power in range(13))  # mean rows per expert; of a head, tokens
+@dataclass(frozen=True)
+class Transport:
+    """Plans of a model: rows, and what its numbers of columns are."""
+
+    rows: int
+    columns: tuple[int, ...]
+
+
+TRANSPORTS = {"DOT-CBM": Transport(324, (112, 312))}  # patches; concepts
+LOADS = tuple(2**power for power in range(13))  # mean rows per expert; of a head, tokens; of plans, how many
 # fp32 weights that are cast for the products, as under autocast: gradients of weights are fp32.
 DTYPES = ("bf16", "fp16", "fp32", "bf16 of fp32")
 ARCHS = (80, 90, 100)
@@ -117,8 +128,9 @@ INSTRUCTIONS = {
 # Not specialised, so that no number of tokens compiles anew.
 RUN_TIME_SIZES = ("num_tiles", "K", "E", "P", "k", "splits")
 RUN_TIME_SIZES += ("tokens", "classes", "tiles", "first", "each", "width")
+RUN_TIME_SIZES += ("images", "rows", "columns", "steps", "kept")
 TENSOR_CORES = ("mma", "wgmma", "tcgen05")
-ROLES = KERNELS + NEURON_KERNELS + HEAD_KERNELS
+ROLES = KERNELS + NEURON_KERNELS + HEAD_KERNELS + TRANSPORT_KERNELS
 
 _one_target = threading.Lock()  # Triton's driver is one for all threads
 
@@ -175,7 +187,8 @@ class Row:
     @property
     def problems(self) -> list[str]:
         """See [`Compiled.problems`]."""
-        return self.compiled.problems(multiplies=self.role not in ("decode", *NEURON_KERNELS))
+        without = ("decode", *NEURON_KERNELS, *TRANSPORT_KERNELS)
+        return self.compiled.problems(multiplies=self.role not in without)
 
 
 # --- from a launch to machine code
@@ -324,9 +337,21 @@ def shipped_heads(name: str, dtype: str, tokens: int, *, tile: Tile | None = Non
             yield from ((launch, tiles[launch.role]) for launch in launches)
 
 
+def shipped_transports(
+    name: str, dtype: str, images: int, *, tile: Tile | None = None
+) -> Iterator[tuple[Launch, Tile]]:
+    """The launches of `sinkhorn` for costs in `dtype`."""
+    if " of " in dtype:
+        return
+    for columns in TRANSPORTS[name].columns:
+        with forced_tile(tile) if tile else nullcontext():
+            for launch in transport_launches(images, TRANSPORTS[name].rows, columns, dtype):
+                yield launch, transport_tile(columns)
+
+
 def report(
     arch: int,
-    models: Iterable[str] = (*MODELS, *HEADS),
+    models: Iterable[str] = (*MODELS, *HEADS, *TRANSPORTS),
     dtypes: Iterable[str] = DTYPES,
     loads: Iterable[int] = LOADS,
     *,
@@ -342,6 +367,8 @@ def report(
             for load in loads:
                 if name in HEADS:
                     shipped = shipped_heads(name, dtype, load, tile=tile)
+                elif name in TRANSPORTS:
+                    shipped = shipped_transports(name, dtype, load, tile=tile)
                 else:
                     shipped = shipped_launches(MODELS[name], dtype, load, tile=tile, device=device)
                 for launch, used in shipped:
@@ -425,10 +452,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m sigma_kernels.compile_report", description=__doc__.split("\n\n")[1]
     )
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, choices=list(LIMITS))
-    every = [*MODELS, *HEADS]
+    every = [*MODELS, *HEADS, *TRANSPORTS]
     parser.add_argument("--models", nargs="+", default=every, choices=every)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
-    parser.add_argument("--loads", type=int, nargs="+", default=LOADS, help="mean rows per expert, or tokens")
+    parser.add_argument("--loads", type=int, nargs="+", default=LOADS, help="mean rows per expert, tokens or plans")
     parser.add_argument("--kernels", nargs="+", default=ROLES, choices=ROLES)
     parser.add_argument("--tile", type=parse_tile, help="64x128x32,4,3 instead of the tiles that would run")
     parser.add_argument("--device", default="cpu", help="whose tuned tiles; by default the untuned ones")

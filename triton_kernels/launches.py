@@ -14,8 +14,9 @@ from . import (
     linear_cross_entropy_kernels,
     neuron_topk,
     neuron_topk_kernels,
+    sinkhorn_kernels,
 )
-from .autotune import HEAD_KERNELS, NEURON_KERNELS, Shape
+from .autotune import HEAD_KERNELS, NEURON_KERNELS, TRANSPORT_KERNELS, Shape
 from .linear_cross_entropy_launch import backward, forward
 
 
@@ -42,7 +43,7 @@ class Launch:
     @property
     def role(self) -> str:
         """What the kernel does in the layer, one of `autotune.KERNELS` or of the other lists there."""
-        if self.name.removesuffix("_kernel") in NEURON_KERNELS + HEAD_KERNELS:
+        if self.name.removesuffix("_kernel") in NEURON_KERNELS + HEAD_KERNELS + TRANSPORT_KERNELS:
             return self.name.removesuffix("_kernel")
         if self.name == "rows_kernel":
             return "down" if self.options["SCALE"] else "dx"
@@ -72,7 +73,7 @@ def recorded(*, perform: bool) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     real = [
         (module, name, value)
-        for module in (grouped_mlp_kernels, linear_cross_entropy_kernels, neuron_topk_kernels)
+        for module in (grouped_mlp_kernels, linear_cross_entropy_kernels, neuron_topk_kernels, sinkhorn_kernels)
         for name, value in vars(module).items()
         if isinstance(value, KernelInterface) and not name.startswith("_")
     ]
@@ -165,4 +166,15 @@ def head_launches(
         losses, lse = forward(*arguments, -100, DTYPES[dtype])
         wanted = [True] * (cells + 1) + [bias]
         backward(torch.empty_like(losses), *arguments, lse, -100, DTYPES[dtype], wanted)
+    return launches
+
+
+def transport_launches(images: int, rows: int, columns: int, dtype: str, *, kept: int = 1) -> list[Launch]:
+    """The launch of `sinkhorn`, as in [`layer_launches`]; `kept`: of how many iterations it writes the potentials."""
+    like = {"device": "meta", "dtype": torch.float32}
+    cost = torch.empty(images, rows, columns, device="meta", dtype=DTYPES[dtype])
+    theta, gamma = torch.empty(images, rows, **like), torch.empty(images, columns, **like)
+    potentials = torch.empty(kept, images, rows, **like), torch.empty(kept, images, columns, **like)
+    with recorded(perform=False) as launches:
+        sinkhorn_kernels.forward(cost, theta, gamma, 0.1, 30, 1.0, torch.empty(cost.shape, **like), *potentials)
     return launches

@@ -124,3 +124,24 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses
     return losses.sum() / (counts.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def sinkhorn(
+    cost: torch.Tensor,
+    theta: torch.Tensor,
+    gamma: torch.Tensor,
+    *,
+    eps: float = 0.1,
+    num_iterations: int = 30,
+    rho: float | None = None,
+) -> torch.Tensor:
+    """Plan `(B, N, M)` of entropic transport from `theta (B, N)` to `gamma (B, M)` or `(M,)`: potentials of rows and
+    then of columns, and again, damped by `rho / (rho + eps)`."""
+    damping = 1.0 if rho is None else rho / (rho + eps)
+    log_theta = theta.log()[:, :, None]
+    log_gamma = gamma.log()[..., None, :].expand(cost.shape[0], 1, cost.shape[2])
+    f, g = torch.zeros_like(log_theta), torch.zeros_like(log_gamma)
+    for _ in range(num_iterations):
+        f = -damping * (log_gamma + g - cost / eps).logsumexp(2, keepdim=True)
+        g = -damping * (log_theta + f - cost / eps).logsumexp(1, keepdim=True)
+    return (log_theta + f + log_gamma + g - cost / eps).exp()

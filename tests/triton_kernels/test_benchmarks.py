@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sigma_kernels.autotune import Shape, Tile, default_tile, forced_tile, head_tiles
+from sigma_kernels.autotune import Shape, Tile, default_tile, forced_tile, head_tiles, transport_tile
 from sigma_kernels.benchmarks import experts, neurons, offline
 from sigma_kernels.benchmarks.__main__ import main
 from sigma_kernels.benchmarks.experts import Cell, cells, measure_cell, run_cells
@@ -19,9 +19,9 @@ from sigma_kernels.benchmarks.report import draw, markdown
 from sigma_kernels.benchmarks.routings import ROUTINGS, route
 from sigma_kernels.benchmarks.saved import saved_bytes
 from sigma_kernels.benchmarks.timing import Arm, median_interval, time_in_turns, wall_clock
-from sigma_kernels.compile_report import HEADS, MODELS, Model
+from sigma_kernels.compile_report import HEADS, MODELS, TRANSPORTS, Model
 from sigma_kernels.launches import DTYPES
-from tests.triton_kernels.fresh_process import python
+from tests.triton_kernels.fresh_process import uninterpreted
 
 
 H200 = PEAKS["H200"]
@@ -246,10 +246,10 @@ def test_neurons_are_timed_beside_dense_layers_with_the_bytes_that_bound_them(tm
 
 
 def test_the_command_line_lists_its_benchmarks():
-    done = python("-m", "sigma_kernels.benchmarks", "--help", interpret=False)
+    done = uninterpreted("-m", "sigma_kernels.benchmarks", "--help")
 
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("experts", "linear_cross_entropy", "neurons", "saved"))
+    assert all(name in done.stdout for name in ("experts", "linear_cross_entropy", "neurons", "saved", "sinkhorn"))
 
 
 def test_committed_compile_reports_are_of_the_shipped_tiles_and_name_no_machine():
@@ -266,6 +266,8 @@ def test_committed_compile_reports_are_of_the_shipped_tiles_and_name_no_machine(
                 if model in HEADS:
                     tiles = [head_tiles(width, load, DTYPES[kind])[row["role"]] for width in HEADS[model].widths]
                     assert row["tile"] in [asdict(tile) for tile in tiles]
+                elif model in TRANSPORTS:
+                    assert row["tile"] in [asdict(transport_tile(n)) for n in TRANSPORTS[model].columns]
                 else:
                     of = MODELS[model]
                     shape = Shape(of.experts, of.hidden, of.inner, kind, load)

@@ -10,11 +10,11 @@ from sigma_kernels import moe_mlp
 from sigma_kernels.autotune import KERNELS, NEURON_KERNELS, Shape, Tile, forced_tile
 from sigma_kernels.compile_report import LIMITS, Compiled
 from sigma_kernels.launches import layer_launches, recorded
-from tests.triton_kernels.fresh_process import python
+from tests.triton_kernels.fresh_process import python, uninterpreted
 
 
 def compile_report(*arguments, **environment):
-    return python("-m", "sigma_kernels.compile_report", *arguments, interpret=False, **environment)
+    return uninterpreted("-m", "sigma_kernels.compile_report", *arguments, **environment)
 
 
 @pytest.mark.parametrize("arch, loads", [(80, ("16", "1024")), (90, ("64", "1024"))])
@@ -119,7 +119,7 @@ print(len(found))
 
 
 def test_no_number_of_tokens_slots_or_experts_compiles_a_kernel_again():
-    done = python("-c", NUMBERS_OF_TOKENS, interpret=False)
+    done = uninterpreted("-c", NUMBERS_OF_TOKENS)
 
     # up with and without z, down, dz, dw2, dw1, dx
     assert done.stdout.split() == ["7"], done.stderr

@@ -9,7 +9,7 @@ from sigma_kernels import linear_cross_entropy, linear_cross_entropy_grid
 from sigma_kernels.autotune import HEAD_KERNELS, Tile, forced_tile
 from sigma_kernels.compile_report import LIMITS
 from sigma_kernels.launches import head_launches, recorded
-from tests.triton_kernels.fresh_process import python
+from tests.triton_kernels.fresh_process import uninterpreted
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,9 @@ from tests.triton_kernels.fresh_process import python
 def test_the_shipped_tiles_spill_nothing_and_multiply_on_tensor_cores(arch, tmp_path):
     path = tmp_path / "report.json"
     quick = ("--loads", "512", "--dtypes", "bf16") if arch == 80 else ("--loads", "64", "512", "--dtypes", "bf16")
-    done = python(
+    done = uninterpreted(
         *("-m", "sigma_kernels.compile_report", "--arch", str(arch), "--models", "m3BERT", *quick),
         *("--jobs", "2", "--json", str(path)),
-        interpret=False,
     )
     rows = json.loads(path.read_text())["compilations"]
 
@@ -76,6 +75,6 @@ print(len(found))
 
 
 def test_no_number_of_tokens_or_classes_compiles_a_kernel_again():
-    done = python("-c", RUN_TIME_NUMBERS, interpret=False)
+    done = uninterpreted("-c", RUN_TIME_NUMBERS)
 
     assert done.stdout.split() == ["4"], done.stderr

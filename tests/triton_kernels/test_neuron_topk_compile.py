@@ -11,15 +11,14 @@ from sigma_kernels.autotune import NEURON_KERNELS, Shape, Tile, forced_tile
 from sigma_kernels.compile_report import LIMITS
 from sigma_kernels.launches import neuron_launches, recorded
 from sigma_kernels.neuron_topk import SELECT_ON
-from tests.triton_kernels.fresh_process import python
+from tests.triton_kernels.fresh_process import uninterpreted
 
 
 def test_the_shipped_tiles_spill_nothing_and_use_no_atomics(tmp_path):
     path = tmp_path / "report.json"
-    done = python(
+    done = uninterpreted(
         *("-m", "sigma_kernels.compile_report", "--arch", "80", "90", "100", "--models", "Mixtral-8x7B"),
         *("--dtypes", "bf16", "--loads", "1", "--kernels", *NEURON_KERNELS, "--jobs", "2", "--json", str(path)),
-        interpret=False,
     )
     rows = json.loads(path.read_text())["compilations"]
 
@@ -68,6 +67,6 @@ print(len(found))
 
 
 def test_no_number_of_neurons_slots_or_experts_compiles_a_kernel_again():
-    done = python("-c", RUN_TIME_NUMBERS, interpret=False)
+    done = uninterpreted("-c", RUN_TIME_NUMBERS)
 
     assert done.stdout.split() == ["4"], done.stderr

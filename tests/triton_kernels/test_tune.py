@@ -7,7 +7,7 @@ import pytest
 from sigma_kernels import autotune, tune
 from sigma_kernels.autotune import KERNELS, Shape, Tile, default_tile, read_tuned
 from sigma_kernels.compile_report import LIMITS, Compiled
-from tests.triton_kernels.fresh_process import python
+from tests.triton_kernels.fresh_process import uninterpreted
 
 
 SHAPE = Shape(8, 64, 32, "bf16", 16)
@@ -133,9 +133,8 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(folder):
 
 
 def test_without_a_gpu_tuning_says_so_and_changes_nothing():
-    done = python(
+    done = uninterpreted(
         *("-m", "sigma_kernels.tune", "--experts", "8", "--hidden", "64", "--inner", "32"),
-        interpret=False,
         CUDA_VISIBLE_DEVICES="",
     )
 
@@ -163,6 +162,6 @@ print(entry["candidates"], entry["tile"]["num_warps"])
 
 
 def test_a_candidate_that_really_spills_is_pruned_by_the_compiler():
-    done = python("-c", REAL_COMPILER, interpret=False)
+    done = uninterpreted("-c", REAL_COMPILER)
 
     assert done.stdout.split() == ["1", "8"], done.stderr  # the default is left

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import experts, linear_cross_entropy, neurons, saved
+from . import experts, linear_cross_entropy, neurons, saved, sinkhorn
 
 
 BENCHMARKS = {
@@ -11,6 +11,7 @@ BENCHMARKS = {
     "linear_cross_entropy": linear_cross_entropy,
     "neurons": neurons,
     "saved": saved,
+    "sinkhorn": sinkhorn,
 }
 
 
