@@ -1,6 +1,7 @@
 """A run goes to the Hub and comes back to somebody who never installed us, over HTTP to the loopback Hub."""
 
 import base64
+import functools
 import json
 import sys
 from pathlib import Path
@@ -179,6 +180,7 @@ tokenizer = AutoTokenizer.from_pretrained(repo, revision=sys.argv[4])
 inputs = tokenizer(prompt, return_tensors="pt")
 report = {"transformers": transformers.__version__}
 report["config"] = type(AutoConfig.from_pretrained(repo, **trusted)).__name__
+AutoConfig.from_pretrained(repo, trust_remote_code=True)  # by the branch, which the cache then knows too
 tensors = {}
 torch.manual_seed(0)
 for auto_class in sys.argv[5:]:
@@ -286,14 +288,26 @@ def assert_alike(report, tensors, run, heads=HEADS, top_k=(3, 1, 2)):
     assert seen["refused"] == str(refusal.value)
 
 
+@pytest.fixture(scope="module")
+def stranger(hub, published, tmp_path_factory):
+    """`stranger(reader)` -> the folder of somebody who came once, what they reported, and their tensors."""
+
+    @functools.cache
+    def came(reader):
+        folder = tmp_path_factory.mktemp("stranger")
+        return folder, *stranger_sees(hub, REPO, PYTHONS[reader], folder)
+
+    return came
+
+
 @pytest.mark.parametrize("reader", READERS)
-def test_a_stranger_has_what_a_user_of_the_package_has(hub, run, published, tmp_path, reader):
-    report, tensors = stranger_sees(hub, REPO, PYTHONS[reader], tmp_path)
+def test_a_stranger_has_what_a_user_of_the_package_has(run, stranger, reader):
+    folder, report, tensors = stranger(reader)
     assert_alike(report, tensors, run)
     # What the stranger saved is a repository of its own again, code and all.
-    again = {path.name for path in tmp_path.glob("out-again/*")}
+    again = {path.name for path in folder.glob("out-again/*")}
     assert {"configuration_sigma_moe.py", "modeling_sigma_moe.py", "balance.py", "routing_losses.py"} <= again
-    auto_map = json.loads((tmp_path / "out-again" / "config.json").read_text())["auto_map"]
+    auto_map = json.loads((folder / "out-again" / "config.json").read_text())["auto_map"]
     assert auto_map.keys() == {"AutoConfig", *HEADS}
 
 
@@ -319,19 +333,20 @@ def test_what_the_oldest_versions_save_and_publish_loads_everywhere(hub, tmp_pat
     assert_alike(report, tensors, run)
 
 
-def test_once_pulled_it_loads_without_the_hub(hub, published, tmp_path):
+def test_once_pulled_it_loads_without_the_hub(hub, stranger, tmp_path):
     code = """
 import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-ids = model.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=4, do_sample=False)
-print("ids", ids.tolist())
+inputs = tokenizer(sys.argv[2], return_tensors="pt")
+torch.save(model.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=None), sys.argv[3])
 """
-    online = loaded_elsewhere(hub, code, REPO, home=tmp_path)
+    folder, _, tensors = stranger("newest")
     count = len(hub.requests)
-    offline = loaded_elsewhere(hub, code, REPO, home=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    arguments = [REPO, PROMPT, tmp_path / "ids.pt"]
+    loaded_elsewhere(hub, code, *arguments, home=folder / "home", env={"HF_HUB_OFFLINE": "1"})
     assert len(hub.requests) == count
-    assert offline.stdout.splitlines()[-1] == online.stdout.splitlines()[-1] != ""
+    assert torch.equal(torch.load(tmp_path / "ids.pt", weights_only=True), tensors["greedy"])
 
 
 # --- who may

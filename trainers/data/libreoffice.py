@@ -5,8 +5,6 @@ import html
 import json
 import os
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from transformers.utils import logging
+
+from .debian import unpack_package
 
 
 logger = logging.get_logger(__name__)
@@ -139,17 +139,8 @@ def _rows(pages: Path) -> Iterator[dict[str, Any]]:
 
 
 def _fetch(language: str, scratch: Path) -> Path:
-    package = f"libreoffice-help-{language}"
-    missing = [tool for tool in ("apt-get", "dpkg") if shutil.which(tool) is None]
-    if missing:
-        raise RuntimeError(
-            f"{package} comes from a Debian package, but {' and '.join(missing)} cannot be found. "
-            "Use a Debian or Ubuntu machine, or name another dataset (python-stdlib needs nothing)."
-        )
-    _run(["apt-get", "download", package], scratch, package)
-    unpacked = scratch / "unpacked"
-    _run(["dpkg", "-x", str(next(scratch.glob("*.deb"))), str(unpacked)], scratch, package)
-
+    instead = "name another dataset (python-stdlib needs nothing)"
+    unpacked = unpack_package(f"libreoffice-help-{language}", scratch, instead=instead)
     # Below this folder there is exactly one for the language, in its own spelling: en-US, de, zh-CN.
     (root,) = (unpacked / "usr/share/libreoffice/help").glob("*/text")
     extracted = scratch / "pages.jsonl"
@@ -159,15 +150,6 @@ def _fetch(language: str, scratch: Path) -> Path:
             row = {"page": page} | parse_page(path.read_text(encoding="utf-8"))
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
     return extracted
-
-
-def _run(command: list[str], folder: Path, package: str) -> None:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(
-            f"{package}: `{' '.join(command[:2])}` failed with {result.stderr.strip() or result.returncode}. "
-            "Run `apt-get update` as root, check the network, or name another dataset (python-stdlib needs nothing)."
-        )
 
 
 def _sha256(path: Path) -> str:
