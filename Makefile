@@ -76,9 +76,9 @@ DISTRIBUTED := is_tensor_parallel_test or is_expert_parallel_test or is_fsdp_tes
 
 # Of the oldest release the distributed tests only: sharding is what changed most since, and `test-oldest` does the rest.
 # A family takes many minutes there: the sisters of Sigma-MoE, whose blocks are the same, run under the newest alone, and
-# the encoders, whose blocks are transformers' own, without the distributed ones.
+# the encoders, image classifiers and models of devices, whose blocks are transformers' own, without the distributed ones.
 test-transformers: $(INSTALLED) $(OLDEST)/.installed  ## transformers' own common tests on our models; skips compared with Qwen3-MoE's
-	$(call common_tests,$(BIN),newest,-k "not (Bert and ($(DISTRIBUTED)))")
+	$(call common_tests,$(BIN),newest,-k "not ((Bert or DotCbm or ViT or DcCcl or PersonalLm or Llama) and ($(DISTRIBUTED)))")
 	$(call common_tests,$(OLDEST)/bin,oldest,-m "$(DISTRIBUTED)" -k "SigmaMoeTest or Qwen3MoeTest")
 
 # The lower bounds of pyproject.toml in place of the pins of constraints.txt. Only the pins of what we name ourselves stay:

@@ -43,6 +43,7 @@ TASKS = {
     "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
     "ForSentenceEmbedding": ("AutoModelForTextEncoding", "sentence-similarity"),
     "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+    "ForCtrPrediction": ("AutoModelForSequenceClassification", "tabular-classification"),
     "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),  # GPT-2
     "Model": ("AutoModel", "feature-extraction"),
 }
@@ -276,7 +277,7 @@ def _eval_results(results: Results, task_type: str) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=task_type,
-            dataset_type=results.data.hub_id or "text",
+            dataset_type=results.data.hub_id or ("imagefolder" if task_type.startswith("image-") else "text"),
             dataset_name=_one_line(results.data.name),
             metric_type=name,
             metric_name=f"{_one_line(label(name))} ({_one_line(metric.unit) or 'no unit'}, n = {metric.n})",

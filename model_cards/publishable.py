@@ -28,6 +28,7 @@ JSON_FILES = (
     *("config.json", "generation_config.json", RESULTS_NAME),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("preprocessor_config.json", "processor_config.json"),
+    "user_design.json",  # of anonymous user embeddings: what devices draw with; public, of nobody
 )
 TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")

@@ -1,12 +1,18 @@
 """Settings of every test process, made before anything imports huggingface_hub, whose constants are read at import."""
 
+import gc
 import os
 import shutil
 import sys
 import tempfile
 
 import pytest
+from hypothesis import settings
 
+
+# What a change has to pass must not depend on the draw of the day; `--hypothesis-profile=default` draws anew.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # No test reads the user's token or cache or reaches the real Hub. One that wants a Hub starts the loopback one in a
 # subprocess with an environment of its own. A folder for each worker: remote code is copied into the cache, and two
@@ -30,6 +36,19 @@ def seeded():
     # A test that uses torch has imported it by now; the others need not pay for the import.
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What the tests import is not searched for garbage: not while it comes, and not by Trainer's collections, several
+    in each training, which took longer than the trainings of the tests themselves."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,6 @@
 """Jobs of a test module on real gloo processes."""
 
 import importlib
-import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -13,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.forked import start_ranks
 
 
 SECONDS = 300
@@ -26,10 +25,7 @@ def results_of_ranks(module: str, folder: Path, *, world_size: int = 2) -> Calla
     collective was entered by some only, fail the test that started them.
     """
     torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.spawn(_run_jobs, args=(module, port, str(folder), world_size), nprocs=world_size, join=False)
+    processes = start_ranks(_run_jobs, module, str(folder), world_size, world_size=world_size, join=False)
     deadline = time.monotonic() + SECONDS
     while not processes.join(timeout=5):
         if time.monotonic() > deadline:
@@ -46,9 +42,7 @@ def results_of_ranks(module: str, folder: Path, *, world_size: int = 2) -> Calla
     return results
 
 
-def _run_jobs(rank: int, module: str, port: int, folder: str, world_size: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+def _run_jobs(rank: int, module: str, folder: str, world_size: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
     for name, job in importlib.import_module(module).JOBS.items():

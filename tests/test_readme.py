@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from transformers import (
     AutoModelForTextEncoding,
     AutoTokenizer,
@@ -17,6 +18,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTModel,
 )
 
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM
@@ -31,7 +34,7 @@ from trainers.report import read_results
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LOAD, TRAIN, MONE, M_MOE, GROWTH, M3BERT, RELIABILITY, MSIGN, KERNELS = EXAMPLES
+LOAD, TRAIN, MONE, M_MOE, GROWTH, M3BERT, DOT_CBM, *_, RELIABILITY, MSIGN, KERNELS = EXAMPLES
 
 
 def test_the_load_example_generates(tmp_path, monkeypatch, capsys):
@@ -89,6 +92,18 @@ def test_the_dial_example_turns_ours_and_others():
         exec(compile(M_MOE, "README", "exec"), names)
         assert names["model"] is model and experts_in_force(model) == [3, 1]
         assert names["tokens"].shape == (1, 13)
+
+
+def test_the_concept_example_explains_and_obeys(tmp_path):
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = ViTModel(ViTConfig(**shape, image_size=16, patch_size=4), add_pooling_layer=False)
+    pixels = torch.randn(1, 3, 16, 16)
+    names = {"backbone": backbone, "pixel_values": pixels, "image": Image.new("RGB", (16, 16)), "torch": torch}
+    exec(compile(DOT_CBM, "README", "exec"), names)
+    model, records = names["model"], names["records"]
+    assert {record.concept for record in records} == {"hat", "beard", "blue hair"}
+    assert names["logits"].shape == (1, 40)
+    assert not torch.allclose(names["logits"], model.eval()(pixels).logits)
 
 
 def test_the_reliability_and_msign_examples_train(tmp_path):
@@ -273,6 +288,49 @@ def test_the_costs_of_m3bert_are_those_of_the_committed_reports():
     assert f"takes {values[0]} of the time, and {values[1]} at a third of the depth" in section
     points = [round(100 * (c["process"]["ratio"]["high"] - c["process"]["ratio"]["low"])) for c in (whole, third)]
     assert f"intervals of {points[0]} and {points[1]} points" in section and whole["verdict"] == "not resolved"
+
+
+def test_the_numbers_of_dot_cbm_are_those_of_the_committed_results():
+    metrics, section = measured("dot_cbm"), " ".join(README.split("## What was measured so far")[1].split())
+    energy, alone = metrics["energy_in_mask_id"], metrics["claim_1_energy_in_mask"]
+    cosine, uniform = alone.baseline["max cosine, no OT"], alone.baseline["a uniform heatmap"]
+    assert f"{alone.value:.3f} with transport alone, {cosine.value:.3f} with the maximum" in section
+    assert f"{uniform.value:.3f} for a uniform heatmap" in section and cosine.verdict == "fails"
+    free = metrics["claim_1_pointing_without_shortcut"]
+    others = [free.baseline[name] for name in ("vanilla CBM", "mean cosine, no OT", "max cosine, no OT")]
+    assert f"({free.value:.3f} of its peaks inside the mask, {others[0].value:.3f})" in section
+    assert f"mean of the cosines ({others[1].value:.3f})" in section
+    assert f"not resolvably differently from their maximum ({others[2].value:.3f})" in section
+    assert [other.verdict for other in others] == ["holds", "holds", "null"]
+    best, printed = metrics["claim_2_prior_accuracy_ood0"], metrics["claim_2_prior_cls_accuracy_ood0"]
+    assert f"{best.value:.3f} right, {best.baseline['OT'].value:.3f} without" in section
+    assert f"CLS times patch ({printed.value:.3f})" in section
+    assert (best.baseline["OT"].verdict, printed.baseline["OT"].verdict) == ("holds", "holds")
+    known, shifted, auc = metrics["accuracy_id"], metrics["accuracy_ood0"], metrics["concept_auc_id"]
+    assert f"{known.value:.3f} right on the known backgrounds and {shifted.value:.3f} on random ones" in section
+    classic = [metric.baseline["vanilla CBM"] for metric in (known, shifted, energy, auc)]
+    assert f"bottleneck {classic[0].value:.3f} and {classic[1].value:.3f}, neither resolved" in section
+    assert [baseline.verdict for baseline in classic] == ["null", "null", "holds", "fails"]
+    inside = f"{energy.value:.3f} of its heatmaps are inside, more than the classic one's {classic[2].value:.3f}"
+    assert inside in section
+    assert f"against {energy.baseline['max cosine, no OT'].value:.3f} of the cosines not resolved" in section
+    assert energy.baseline["max cosine, no OT"].verdict == "null"
+    assert f"(AUC {auc.value:.3f}, classic {classic[3].value:.3f})" in section
+    leaking = metrics["leakage_hard"]
+    assert f"leave {leaking.value:.3f} right, the classic ones {leaking.baseline['vanilla CBM'].value:.3f}" in section
+    assert leaking.baseline["vanilla CBM"].verdict == "fails"
+    half = metrics["interventions_uncertainty_half"]
+    assert f"brings {half.baseline['no group set'].value:.3f} to {half.value:.3f}, not resolved" in section
+    assert half.baseline["no group set"].verdict == "null"
+    assert f"(concept AUC {auc.baseline['OT, Eq. 12 as printed'].value:.3f})" in section
+
+
+def test_the_speed_of_the_transport_is_that_of_the_committed_report():
+    section = " ".join(README.split("## Concepts that show")[1].split("## Runs that")[0].split())
+    (file,) = (ROOT / "triton_kernels" / "benchmarks" / "results").glob("sinkhorn-cpu-*.json")
+    arms = json.loads(file.read_text())["cells"]["8x324x312, eps 0.1, plan"]["arms"]
+    times = [f"{arms[name]['times_sinkhorn']['median']:.1f}" for name in ("POT", "POT log")]
+    assert f"{times[0]} times as fast as POT's fastest path and {times[1]} times as its stable one" in section
 
 
 def test_the_cost_of_msign_is_that_of_the_committed_report():

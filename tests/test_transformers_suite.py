@@ -34,6 +34,12 @@ def test_an_encoder_is_compared_with_encoders():
     assert compare(outcomes | {"BertTest": {"test_b": None}}) == ["M3BertTest::test_b: no SDPA"]
 
 
+def test_what_a_family_has_none_of_is_no_finding():
+    outcomes = {"LlamaTest": {"test_a": None, "test_b": None}}
+    outcomes["PersonalLmTest"] = {"test_a": "PersonalLmConfig not in MODEL_MAPPING", "test_b": "no SDPA"}
+    assert compare(outcomes) == ["PersonalLmTest::test_b: no SDPA"]
+
+
 def test_reads_pytests_report(tmp_path):
     (tmp_path / "junit.xml").write_text(
         "<testsuites><testsuite>"

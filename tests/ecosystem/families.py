@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import hf_models  # noqa: F401  (registers the families)
 from hf_models.moe import MMoeConfig, MoneConfig, SigmaMoeConfig
+from tests.hf_models.dot_cbm.tiny_dot_cbm import tiny
 from trainers.callbacks import MatryoshkaExpertsCallback, ProgressiveSparsificationCallback
 
 
@@ -47,6 +48,19 @@ class CausalLM(Family):
         """The same weights for the same seed and fields, in evaluation mode."""
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(self.config(**overrides)).eval()
+
+
+@dataclass(frozen=True)
+class ImageClassifier(Family):
+    """An image classifier.
+
+    Args:
+        model: a tiny one in evaluation mode, its configuration's fields overridden by keyword.
+        attention: names of linear layers in its backbone, as LoRA's `target_modules`.
+    """
+
+    model: Callable[..., PreTrainedModel]
+    attention: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
 
 def fields_of(**overrides: Any) -> dict[str, Any]:
@@ -115,3 +129,4 @@ CAUSAL_LMS = [
         sliding_window=WINDOW,
     ),
 ]
+IMAGE_CLASSIFIERS = [ImageClassifier(method="dot_cbm", model=tiny)]

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +24,7 @@ from model_cards.compatibility import (
 )
 from model_cards.markdown import split_fences
 from tests.ecosystem.outcomes import PROPERTY, CompatibilityReport
+from tests.forked import run_python
 from tests.model_cards.test_build import INERT, make_run, structure
 
 
@@ -192,11 +191,11 @@ def test_a_library_that_is_not_installed_has_no_version(tmp_path):
 def declared(tmp_path_factory):
     """Folder with the table of each family as its tests declare it."""
     folder = tmp_path_factory.mktemp("declared")
-    command = [sys.executable, "-m", "pytest", "tests/ecosystem", "--collect-only", "-p", "no:cacheprovider"]
+    command = ["-m", "pytest", "tests/ecosystem", "--collect-only", "-p", "no:cacheprovider"]
     environment = os.environ | {"HF_SIGMA_COMPATIBILITY": str(folder)}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]  # what this worker of xdist is told is not meant for the other pytest
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_python(*command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 

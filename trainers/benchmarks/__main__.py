@@ -2,10 +2,18 @@
 
 import argparse
 
-from . import decode, encoder, msign, reliability, step
+from . import decode, encoder, federated, msign, on_device, reliability, step
 
 
-BENCHMARKS = {"decode": decode, "encoder": encoder, "msign": msign, "reliability": reliability, "step": step}
+BENCHMARKS = {
+    "decode": decode,
+    "encoder": encoder,
+    "federated": federated,
+    "msign": msign,
+    "on_device": on_device,
+    "reliability": reliability,
+    "step": step,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,8 +2,6 @@
 """Draws of active experts: their frequencies, their reproducibility, the budget, what is refused."""
 
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -14,6 +12,7 @@ from scipy.stats import chisquare
 from hf_models.moe.configuration_m_moe import MMoeConfig
 from hf_models.moe.configuration_sigma_moe import SigmaMoeConfig
 from hf_models.moe.expert_sampling import ExpertSampling, phds_stages
+from tests.forked import run_python
 
 
 LAWS = {
@@ -82,8 +81,9 @@ def test_a_draw_is_the_same_in_another_process_and_another_for_another_seed():
         "s = ExpertSampling(1, 6, k_seed=7, k_budget=1.1)\n"
         "print([s.draw(step, 1, 8) for step in range(20)])"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert there.strip().splitlines()[-1] == str(here)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().splitlines()[-1] == str(here)
     assert here != [ExpertSampling(1, 6, k_seed=8, k_budget=1.1).draw(step, 1, 8) for step in range(20)]
 
 

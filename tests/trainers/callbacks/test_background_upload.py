@@ -230,7 +230,7 @@ class Renew(TrainerCallback):
 
 for name, target, options in json.loads(sys.argv[1]):
     callback = BackgroundUploadCallback(HubTarget(f"alice/{name}", **target), backoff_seconds=0.05, **options)
-    tiny_trainer(name, ValidatedCheckpointCallback(), callback, Renew(), max_steps=4).train()
+    tiny_trainer(name, ValidatedCheckpointCallback(), Renew(), callback, max_steps=4).train()
 """
 RUNS = [
     ("plain", {}, {}),

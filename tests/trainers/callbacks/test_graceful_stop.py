@@ -1,17 +1,15 @@
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import traceback
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from tests.forked import start_ranks
 from trainers.callbacks.graceful_stop import GracefulStopCallback
 from trainers.reliability.events import read_events
 from trainers.reliability.signs import STOP_NAME
@@ -144,9 +142,7 @@ def test_refuses_two_handlers_of_sigterm(tmp_path):
 # --- two ranks -------------------------------------------------------------------------------------------------------
 
 
-def run_ranks(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+def run_ranks(rank, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     result = {}
     try:
@@ -163,11 +159,7 @@ def run_ranks(rank, port, folder):
 
 
 def test_a_signal_to_one_rank_stops_both_in_the_same_step(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    mp.start_processes(run_ranks, args=(port, str(tmp_path)), nprocs=2, start_method="forkserver")
+    start_ranks(run_ranks, str(tmp_path))
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert results == [{"steps": 4, "requested": True}] * 2
     assert saved_step(tmp_path / "run") == 4

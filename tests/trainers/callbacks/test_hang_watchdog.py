@@ -1,21 +1,16 @@
 """Real processes: the watchdog ends the process that it watches."""
 
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tests.forked import run_python
 from tests.trainers.callbacks.test_graceful_stop import run
 from trainers.callbacks.hang_watchdog import HangWatchdogCallback
 from trainers.reliability.events import read_events
 from trainers.reliability.signs import EXIT_HUNG
 
-
-ROOT = Path(__file__).parents[3]
 
 # A run of 8 steps in the folder argv[1]; what hangs comes before `run()`.
 PRELUDE = """
@@ -83,20 +78,12 @@ except RuntimeError:
 """
 
 
-def start(code, folder):
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + code, str(folder)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.fault(
     "A data loader that blocks", survived_if="the process ends by itself and leaves the stack that hung"
 )
 def test_a_blocked_data_loader_is_left_with_its_stack(tmp_path):
-    process = start(HANGS, tmp_path)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == EXIT_HUNG, errors
+    done = run_python("-c", PRELUDE + HANGS, tmp_path, timeout=100)
+    assert done.returncode == EXIT_HUNG, done.stderr
     [event] = read_events(tmp_path, component="hang_watchdog")
     assert (event.severity, event.action, event.evidence["exit_code"]) == ("fatal", "exit", EXIT_HUNG)
     assert event.step in (3, 4)  # 10 rows are 5 batches, of which the loader fetches one ahead
@@ -106,10 +93,9 @@ def test_a_blocked_data_loader_is_left_with_its_stack(tmp_path):
 
 
 def test_saves_evaluations_compilation_and_exceptions_are_no_hangs(tmp_path):
-    process = start(SAVES_AND_FAILS, tmp_path)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
-    assert "saved" in output.split() and output.split()[-1] == "alive"
+    done = run_python("-c", PRELUDE + SAVES_AND_FAILS, tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "saved" in done.stdout.split() and done.stdout.split()[-1] == "alive"
     assert read_events(tmp_path, component="hang_watchdog") == []
 
 

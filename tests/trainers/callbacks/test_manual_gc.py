@@ -10,10 +10,11 @@ from trainers.callbacks.manual_gc import ManualGCCallback
 
 @pytest.fixture(autouse=True)
 def collector():
-    """Whatever a test does to the collector, the next one finds it running."""
-    yield
+    """Every test finds nothing frozen, and whatever it does to the collector, the next one finds it running."""
     gc.unfreeze()
+    yield
     gc.enable()
+    gc.freeze()  # as conftest.py does
 
 
 class Collections(TrainerCallback):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_models.moe import configuration_sigma_moe
 from model_cards.build import build_card
+from tests.forked import run_python
 from tests.trainers.recipes.test_language_model import TINY, losses, write_corpus
 from trainers.recipes import pretrain_sigma_moe
 from trainers.recipes.language_model import Fit
@@ -148,9 +149,8 @@ def test_the_folder_is_a_repository(demo):
 def test_the_card_passes_its_own_check(demo, tmp_path):
     home, _ = demo
     for flags in ([], ["--check"]):
-        command = [sys.executable, "-m", "model_cards.build", *flags, "run"]
-        done = subprocess.run(command, cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+        done = run_python("-m", "model_cards.build", *flags, "run", cwd=home)
+        assert done.returncode == 0, done.stderr
     assert (home / "run" / "README.md").read_text().strip() == build_card(home / "run").strip()
 
 
@@ -171,10 +171,7 @@ def test_the_last_screen(demo):
     assert written[0].startswith("def read(path):")
 
     assert publish[:4] == ["python", "-m", "model_cards.publish", "run"]
-    dry_run = [sys.executable, *publish[1:], "--dry-run"]
-    done = subprocess.run(
-        dry_run, cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    done = run_python(*publish[1:], "--dry-run", cwd=home)
     assert done.returncode == 0, done.stderr
     goes, stays = done.stdout.split("stay here: ")
     for name in ("model.safetensors", "tokenizer.json", "results.json", "figures/loss.png", "modeling_sigma_moe.py"):

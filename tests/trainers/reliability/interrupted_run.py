@@ -1,10 +1,6 @@
-"""A small Trainer run in a process of its own, which can be killed at a step or at one of its file operations.
-
-Children are forked from a server that has imported torch and transformers once, so that a run takes a second.
-"""
+"""A small Trainer run in a process of its own, which can be killed at a step or at one of its file operations."""
 
 import gc
-import multiprocessing
 import os
 import signal
 import sys
@@ -24,12 +20,9 @@ from transformers import (
     default_data_collator,
 )
 
+from tests.forked import SERVER
 from trainers.callbacks.validated_checkpoint import ValidatedCheckpointCallback
 from trainers.reliability.checkpoints import find_last_valid_checkpoint
-
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.trainers.reliability.interrupted_run", "transformers.models.llama"])
 
 
 def tiny_model(**options) -> LlamaForCausalLM:

@@ -1,18 +1,15 @@
 """Two real gloo processes take decisions together."""
 
-import os
-import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.forked import start_ranks
 from trainers.reliability.agreement import any_rank, from_all_ranks
 
 
-def ask(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def ask(rank, folder):
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     answers = {
         "nobody": any_rank(False),
@@ -27,10 +24,7 @@ def ask(rank, port, folder):
 
 
 def test_two_ranks_agree(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(ask, args=(port, str(tmp_path)), nprocs=2, start_method="forkserver")
+    start_ranks(ask, str(tmp_path))
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert both[0] == both[1]
     assert both[0] == {

@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.forked import start_ranks
 from trainers.reliability import preflight
 from trainers.reliability.preflight import (
     Check,
@@ -153,9 +155,21 @@ def test_exit_code_17_and_json(tmp_path, capsys):
     assert [check["name"] for check in shown["checks"] if not check["passed"]] == ["devices"]
 
 
-def test_two_processes_reduce_and_each_is_told(capsys):
-    assert main(["--processes", "2", "--json", "--min_free_memory", "0", "--min_free_disk", "0"]) == 0
-    checks = json.loads(capsys.readouterr().out)["checks"]
+def ask_a_rank(rank, folder):
+    with open(f"{folder}/{rank}", "w") as file, contextlib.redirect_stdout(file):
+        assert main(["--json", "--min_free_memory", "0", "--min_free_disk", "0"]) == 0
+
+
+@pytest.mark.parametrize("started", ["by a launcher", pytest.param("by the command", marks=pytest.mark.slow)])
+def test_two_processes_reduce_and_each_is_told(started, tmp_path, capsys):
+    if started == "by a launcher":
+        start_ranks(ask_a_rank, str(tmp_path))
+        shown, nothing = ((tmp_path / name).read_text() for name in ("0", "1"))
+        assert nothing == ""
+    else:
+        assert main(["--processes", "2", "--json", "--min_free_memory", "0", "--min_free_disk", "0"]) == 0
+        shown = capsys.readouterr().out
+    checks = json.loads(shown)["checks"]
     assert {(check["rank"], check["value"]) for check in checks if check["name"] == "all-reduce correct"} == {
         (0, 1.0), (1, 1.0),
     }  # fmt: skip

@@ -4,13 +4,13 @@ Trainer names them; one slow test supervises a real training."""
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.forked import Python
 from trainers.reliability.events import EventLog, read_events
 from trainers.reliability.goodput import read_goodput
 from trainers.reliability.supervise import ENDINGS, Supervisor, _parse, main, newest_step
@@ -190,11 +190,13 @@ def test_code_16_asks_for_another_host_and_too_few_hosts_end_it(tmp_path):
 
 
 def start(folder, *plan, options=("--backoff", "0.1")):
-    command = [sys.executable, "-m", "trainers.reliability.supervise", "--run_folder", str(folder), *options, "--"]
-    process = subprocess.Popen([*command, *job(folder, *plan)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    output = folder.with_name(f"{folder.name}-output")
+    output.mkdir()
+    command = ["-m", "trainers.reliability.supervise", "--run_folder", folder, *options, "--"]
+    process = Python(*command, *job(folder, *plan), folder=output, cwd=ROOT)
     deadline = time.monotonic() + 90
     while not (folder / "ready").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.returncode is None and time.monotonic() < deadline, process.communicate(60)
         time.sleep(0.02)
     return process
 
@@ -215,11 +217,11 @@ def test_signals_reach_the_job_and_a_second_sigterm_does_not_wait(tmp_path):
     (tmp_path / "ready").unlink()
     process.send_signal(signal.SIGUSR1)
     while not (tmp_path / "ready").exists():
-        assert process.poll() is None
+        assert process.returncode is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    assert process.poll() is None  # the stop file is there, the job does not look at it
+    assert process.returncode is None  # the stop file is there, the job does not look at it
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 3
