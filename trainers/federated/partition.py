@@ -1,5 +1,7 @@
 """Whose row is whose: a dataset as the examples of its clients, by a column, an array, or a dataset for each."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,6 +82,16 @@ class ClientRows:
     def __contains__(self, client: str) -> bool:
         return client in self._index
 
+    def fingerprint(self) -> str:
+        """Hash of whose each row is, and of 64 rows where the data are a `datasets.Dataset`: other datasets may draw
+        what they show."""
+        digest = hashlib.sha256(json.dumps(self.names).encode())
+        for array in (self._order, self._starts, self._blocks):
+            digest.update(b"" if array is None else np.ascontiguousarray(array, np.int64).tobytes())
+        for index in np.unique(np.linspace(0, len(self._order) - 1, 64).astype(np.int64)):
+            digest.update(repr(self._reader.stored(int(index))).encode())
+        return f"sha256:{digest.hexdigest()[:16]}"
+
     def count(self, client: str, block: int | None = None) -> int:
         """The examples of a client; with `block`, those of a block, where blocks are known."""
         index = self._index[client]
@@ -157,6 +169,12 @@ class _OneDataset:
             return self._dataset.__getitems__(chosen)
         return [self._dataset[index] for index in chosen]
 
+    def stored(self, index: int) -> Any:
+        """A row as it lies there, before any transform; `None` where nobody knows."""
+        if not isinstance(self._dataset, datasets.Dataset):
+            return None
+        return self._dataset.with_format("arrow")[index].to_pydict()
+
 
 class _ManyDatasets:
     """One after the other."""
@@ -166,8 +184,15 @@ class _ManyDatasets:
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
 
     def rows(self, indices: np.ndarray) -> Any:
-        part = int(np.searchsorted(self._starts, indices[0], side="right")) - 1 if len(indices) else 0
+        part = self._part(int(indices[0])) if len(indices) else 0
         return self._parts[part].rows(indices - self._starts[part])
+
+    def stored(self, index: int) -> Any:
+        part = self._part(index)
+        return self._parts[part].stored(index - int(self._starts[part]))
+
+    def _part(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
 
 _Reader = _OneDataset | _ManyDatasets

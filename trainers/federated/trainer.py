@@ -362,6 +362,8 @@ class FederatedTrainer(Trainer):
         local, args = self.local, self.args
         return {
             "strategy": type(self.strategy).__name__,
+            "strategy_options": self.strategy.options(),
+            "data": self.clients.fingerprint(),
             "seed": local.seed,
             "batch_size": local.batch_size,
             "local_steps": local.local_steps,

@@ -107,3 +107,15 @@ def test_what_is_no_partition_is_refused():
         rows_of([1, 2], "who")
     with pytest.raises(ValueError, match="whole number from 0 on"):
         rows_of(dataset, ["a", "b"], block_by=[-1, 0])
+
+
+def test_a_fingerprint_is_of_owners_and_of_stored_rows():
+    columns = {"who": list("abca"), "x": [1, 2, 3, 4]}
+    dataset = Dataset.from_dict(columns)
+    first = rows_of(dataset, "who").fingerprint()
+    assert first == rows_of(dataset.with_transform(lambda rows: {"x": torch.rand(1)}), "who").fingerprint()
+    assert first != rows_of(Dataset.from_dict(columns | {"x": [1, 2, 3, 5]}), "who").fingerprint()
+    assert first != rows_of(dataset, ["a", "b", "a", "c"]).fingerprint()
+    assert first != rows_of(dataset, "who", block_by=[0, 0, 0, 1]).fingerprint()
+    parts = [{"a": dataset.select([0, 1]), "b": dataset.select([last])} for last in (2, 3)]
+    assert rows_of(parts[0]).fingerprint() != rows_of(parts[1]).fingerprint()

@@ -98,6 +98,12 @@ def test_rounds_of_another_run_are_refused(tmp_path):
         made(tmp_path, FedAvg(), args=SAVING | {"seed": 7}).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="strategy='FedAvg'"):
         made(tmp_path, FedAdam()).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="strategy_options={} .now {'max_update_norm': 3.0}"):
+        made(tmp_path, FedAvg(max_update_norm=3.0)).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="data='sha256:"):
+        federation(tmp_path, recommender(dropout=0.2), clicks(seed=1), FedAvg(), rounds=ROUNDS, args=SAVING).train(
+            resume_from_checkpoint=True
+        )
     with pytest.raises(ValueError, match="is not output_dir"):
         made(tmp_path, FedAvg()).train(resume_from_checkpoint=str(tmp_path / "rounds"))
     longer = made(tmp_path, FedAvg(), args=SAVING)

@@ -14,12 +14,13 @@ the order of their names, so that neither the order of arrival nor the number of
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -132,6 +133,13 @@ class FederatedAlgorithm(ABC):
     chains: tuple[str, ...] = (MIXED,)
     takes_rows = False
 
+    def __new__(cls, *args: Any, **options: Any):
+        self = super().__new__(cls)
+        # bind_partial: copies are made without arguments, and get their attributes afterwards
+        self._given = inspect.signature(cls.__init__).bind_partial(self, *args, **options).arguments
+        del self._given["self"]
+        return self
+
     def __init__(self, *, clients_per_round: int | None = None, max_update_norm: float | None = None, seed: int = 0):
         if clients_per_round is not None and clients_per_round < 1:
             raise ValueError(f"clients_per_round={clients_per_round} must be at least 1; None takes all available.")
@@ -139,6 +147,11 @@ class FederatedAlgorithm(ABC):
             raise ValueError(f"max_update_norm={max_update_norm} must be positive; None sets no limit.")
         self.clients_per_round, self.max_update_norm, self.seed = clients_per_round, max_update_norm, seed
         self._parameters: Tensors | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that it was made with, as JSON has them."""
+        given = self._given | self._given.get("options", {})
+        return {name: _as_json(value) for name, value in sorted(given.items()) if name != "options"}
 
     # --- the state
 
@@ -427,6 +440,14 @@ class FederatedAlgorithm(ABC):
         require_finite(parameters, f"Round {round}: the new parameters")
         log.step_norm = norm_of({name: parameters[name] - own for name, own in self._parameters.items()})
         self._parameters, self._last_round = parameters, round
+
+
+def _as_json(value: Any) -> Any:
+    if is_dataclass(value):
+        return json.loads(json.dumps(asdict(value)))
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return list(value) if isinstance(value, tuple) else value
 
 
 def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:

@@ -337,3 +337,21 @@ def test_what_was_handed_out_is_never_written_to():
             step(algorithm, round, memories)
         for group, tensors in kept.items():
             assert all(torch.equal(tensor, state["tensors"][group][key]) for key, tensor in tensors.items())
+
+
+def test_an_algorithm_tells_the_arguments_it_was_made_with():
+    robust = {
+        "rule": "mean",
+        "trim": 0.1,
+        "clip_norm": 2.0,
+        "noise_multiplier": 0.0,
+        "simulation": False,
+        "seed": None,
+    }
+    assert FedAvg().options() == {}
+    assert FedAvg(robust=Robust(clip_norm=2.0)).options() == {"robust": robust}
+    made = FedSubAvg(max_correction=4.0, clients_per_round=3)
+    assert made.options() == copy.deepcopy(made).options() == {"clients_per_round": 3, "max_correction": 4.0}
+    schedule = {"blocks": [0, 0, 1], "starts": []}
+    assert MMPSGD(SCHEDULE, average="tail").options() == {"average": "tail", "schedule": schedule}
+    assert FedLaAvg(learning_rate=math.sqrt).options() == {"learning_rate": "math.sqrt"}
