@@ -88,6 +88,8 @@ class CtrRows(torch.utils.data.Dataset):
         users: `(rows,)` int64, an index of the user; all one user if None.
     """
 
+    fixed_rows = True  # federated clients may keep them
+
     def __init__(self, tensors: Mapping[str, torch.Tensor], users: torch.Tensor | None = None):
         self.tensors = dict(tensors)
         sizes = {len(tensor) for tensor in self.tensors.values()}

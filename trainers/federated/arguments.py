@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
+from ..optimizers import MSign
 from .core import FederatedAlgorithm, FedLaAvg
 
 
@@ -54,6 +55,11 @@ def optimizer_maker(
     optimizer: type, options: dict[str, Any], weight_decay: float, decayed: list[str]
 ) -> Callable[[Named], torch.optim.Optimizer]:
     """What makes the clients' optimizer, with weight decay for the parameters of these names as `Trainer` has it."""
+    if not issubclass(optimizer, torch.optim.Optimizer) or issubclass(optimizer, MSign):
+        raise ValueError(
+            f"{optimizer.__name__}: clients begin each round with a fresh optimizer of bare parameters, so that none "
+            "can know the model or come to a period of steps, as MSign does. Give optim=, or an optimizer of torch."
+        )
     if strange := {"params", "model", "optimizer_dict"} & options.keys():
         raise ValueError(f"optim: {optimizer.__name__} binds {sorted(strange)} to one run, clients have many.")
 

@@ -9,7 +9,7 @@ import torch
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import nested_concat, nested_detach, nested_numpify
 
-from ..reliability.agreement import from_all_ranks
+from ..reliability.agreement import together
 from .partition import ClientRows
 
 
@@ -18,16 +18,22 @@ ClientMetrics = dict[str, dict[str, float]]
 
 @torch.no_grad()
 def evaluate_clients(trainer: Trainer, rows: ClientRows, *, ignore_keys: Sequence[str] | None = None) -> ClientMetrics:
-    """`{client: {"loss": ..., "num_examples": ..., and what compute_metrics gives}}`, over all processes."""
-    mine = rows.names[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+    """`{client: {"loss": ..., "num_examples": ..., and what compute_metrics gives}}`, over all processes, where there
+    are rows."""
+    names = [client for client in rows.names if rows.count(client)]
+    mine = names[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
     trainer.model.eval()
     trainer.callback_handler.eval_dataloader = mine  # whose length a progress bar wants to know
-    found: ClientMetrics = {}
-    for client in mine:
-        found[client] = _metrics_of(trainer, rows, client, ignore_keys)
-        trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
-    everybody = {client: metrics for part in from_all_ranks(found) for client, metrics in part.items()}
-    return {client: everybody[client] for client in rows.names}
+
+    def measure() -> ClientMetrics:
+        found = {}
+        for client in mine:
+            found[client] = _metrics_of(trainer, rows, client, ignore_keys)
+            trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+        return found
+
+    everybody = {client: metrics for part in together(measure) for client, metrics in part.items()}
+    return {client: everybody[client] for client in names}
 
 
 def _metrics_of(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from ..reliability.agreement import from_all_ranks
+from ..reliability.agreement import from_all_ranks, together
 from .core import FederatedAlgorithm, RoundStore
 from .round_log import RoundLog
 
@@ -34,7 +34,7 @@ class Commits:
 
     def latest(self) -> int | None:
         """The last round that is whole; the same in all processes."""
-        return from_all_ranks(self._store.latest() if self._store is not None and self._writes else None)[0]
+        return together(lambda: self._store.latest() if self._store is not None and self._writes else None)[0]
 
     def take_up(self, strategy: FederatedAlgorithm, last: int) -> None:
         """Put strategy and log where they were behind a round.
@@ -42,15 +42,13 @@ class Commits:
         Raises:
             ValueError: the round is of another run.
         """
-        state = self._store.load(last) if self._writes else None
-        tensors, record = from_all_ranks(state)[0]
+        tensors, record = together(lambda: self._store.load(last) if self._writes else None)[0]
         known = record["run"]
         names = sorted(known.keys() | self._description)
         if odd := [name for name in names if known.get(name) != self._description.get(name)]:
             told = ", ".join(f"{name}={known.get(name)!r} (now {self._description.get(name)!r})" for name in odd)
             raise ValueError(f"Rounds of another run are here: {told}. Give another output_dir.")
-        if self._writes:
-            self._log.begin(record["log_bytes"])
+        together(lambda: self._log.begin(record["log_bytes"]) if self._writes else None)
         self._log.history, self._log.logs = from_all_ranks((self._log.history, self._log.logs))[0]
         strategy.load_state_dict({"tensors": tensors, "record": record["strategy"]})
         logger.warning(f"Going on behind round {last}.")
@@ -59,11 +57,13 @@ class Commits:
         """Write a round if it is time to; whether it was."""
         if self._store is None or not (last or (round + 1) % self._every == 0):
             return False
-        if self._writes:
-            state = strategy.state_dict()
-            record = {"run": self._description, "strategy": state["record"], "log_bytes": self._log.sync()}
-            self._store.commit(round, state["tensors"], record)
+        together(lambda: self._write(strategy, round) if self._writes else None)
         return True
+
+    def _write(self, strategy: FederatedAlgorithm, round: int) -> None:
+        state = strategy.state_dict()
+        record = {"run": self._description, "strategy": state["record"], "log_bytes": self._log.sync()}
+        self._store.commit(round, state["tensors"], record)
 
 
 def agree_on(strategy: FederatedAlgorithm) -> None:

@@ -169,6 +169,7 @@ class LocalTraining:
         losses = {}
         for name, parameters in candidates.items():
             self.load(parameters)
+            seed_everything(self.seed, self.device)  # whatever a collator draws, it draws for all candidates alike
             losses[name] = mean_loss(self.model, data, self.loss, batch_size or self.batch_size)
         return losses
 

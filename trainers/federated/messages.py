@@ -27,11 +27,11 @@ def payload_message(payload: Payload) -> tuple[Tensors, dict[str, str]]:
 
 
 def payload_from(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Payload:
-    """What [`payload_message`] was made of; `KeyError` or `ValueError` of anything else."""
-    said = json.loads(metadata[MESSAGE])
-    return Payload(
-        int(said["round"]), _under(PARAMETERS, tensors), _rows(tensors), said["config"], _under(SEPARATE, tensors)
-    )
+    """What [`payload_message`] was made of; `ValueError` of anything else."""
+    round, config = _said(metadata, "round", "config")
+    if isinstance(round, bool) or not isinstance(round, int) or not isinstance(config, dict):
+        raise ValueError("The message has no whole round, or no config by name.")
+    return Payload(round, _under(PARAMETERS, tensors), _rows(tensors), config, _under(SEPARATE, tensors))
 
 
 def update_message(update: ClientUpdate) -> tuple[Tensors, dict[str, str]]:
@@ -46,17 +46,15 @@ def update_message(update: ClientUpdate) -> tuple[Tensors, dict[str, str]]:
 
 
 def update_from(client: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> ClientUpdate:
-    """What [`update_message`] was made of, by `client`, unchecked; `KeyError` or `ValueError` of anything else."""
-    said = json.loads(metadata[MESSAGE])
-    return ClientUpdate(
-        client,
-        said["round"],
-        _under(PARAMETERS, tensors),
-        _rows(tensors),
-        said["num_examples"],
-        said["metrics"],
-        said["chain"],
-    )
+    """What [`update_message`] was made of, by `client`.
+
+    What the client says is taken as it is: the algorithm checks types and values, and refuses the update by name.
+
+    Raises:
+        ValueError: the message is no JSON object with all that belongs to an update, or rows are no whole numbers.
+    """
+    round, num_examples, metrics, chain = _said(metadata, "round", "num_examples", "metrics", "chain")
+    return ClientUpdate(client, round, _under(PARAMETERS, tensors), _rows(tensors), num_examples, metrics, chain)
 
 
 class LayoutMeter(WireMeter):
@@ -108,7 +106,22 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    return {table: own.to(torch.int64) for table, own in _under(ROWS, tensors).items()}
+    found = _under(ROWS, tensors)
+    for table, own in found.items():
+        if own.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"The rows of {table!r} are {own.dtype}, whole numbers are expected.")
+    return {table: own.to(torch.int64) for table, own in found.items()}
+
+
+def _said(metadata: Mapping[str, str], *names: str) -> list[Any]:
+    """What the line of text says of each name. `ValueError` where it says nothing."""
+    try:
+        said = json.loads(metadata[MESSAGE])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"The metadata have no {MESSAGE!r} that is JSON ({type(error).__name__}).") from error
+    if not isinstance(said, dict) or not said.keys() >= set(names):
+        raise ValueError(f"The message is no JSON object with {', '.join(names)}.")
+    return [said[name] for name in names]
 
 
 def _text(said: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Whose row is whose: a dataset as the examples of its clients, by a column, an array, or a dataset for each."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +26,9 @@ class ClientRows:
         collate: rows to a batch. If the dataset's own `__getitems__` gives whole batches, it takes these.
         block_by: the column of the block of each row, or one number for each row, from 0 on.
         read: what becomes of the dataset before its rows are read, such as the removal of columns.
-        rowwise: a row's part of a batch is the same whatever else is in the batch: a client's rows are collated once
-            and kept, on `device`, as long as there is room.
+        rowwise: a row's part of a batch is the same whatever else is in the batch. Where rows are fixed, too, as those
+            of a `datasets.Dataset` without a transform or of a dataset that says so (`fixed_rows = True`), a client's
+            are collated once and kept, on `device`, as long as there is room. Others are read anew in each round.
         room: bytes that kept rows may take.
 
     Raises:
@@ -79,6 +81,10 @@ class ClientRows:
         """How many blocks the rows belong to; `None` if nobody said."""
         return None if self._block_counts is None else self._block_counts.shape[1]
 
+    def __len__(self) -> int:
+        """All rows: what a Trainer asks of its training set."""
+        return len(self._order)
+
     def __contains__(self, client: str) -> bool:
         return client in self._index
 
@@ -111,17 +117,23 @@ class ClientRows:
         if key in self._kept:
             return self._kept[key]
         own = self.indices(client, block)
-        rows = self._reader.rows(own)
-        if not (self._rowwise or isinstance(rows, Mapping)) or not len(own):
-            return _Rows(rows, len(own), self._collate)
-        batch = self._collate(rows)
+        found = _Rows(lambda: self._reader.rows(own), len(own), self._collate)
+        if not self._reader.fixed or not len(own):
+            return found
+        if isinstance(found.rows, Mapping):
+            batch, kept = found.rows, found
+        elif self._rowwise:
+            batch = kept = self._collate(found.rows)
+        else:
+            return found
         if not all(isinstance(value, torch.Tensor) and len(value) == len(own) for value in batch.values()):
-            return _Rows(rows, len(own), self._collate)
-        found = _Collated({name: value.to(self._device) for name, value in batch.items()}, len(own))
-        if (size := sum(value.nbytes for value in found.tensors.values())) <= self._room:
-            self._kept[key] = found
+            return found
+        batch = {name: value.to(self._device) for name, value in batch.items()}
+        kept = _Collated(batch, len(own)) if kept is not found else _Rows(lambda: batch, len(own), self._collate)
+        if (size := sum(value.nbytes for value in batch.values())) <= self._room:
+            self._kept[key] = kept
             self._room -= size
-        return found
+        return kept
 
 
 class _Collated:
@@ -140,27 +152,34 @@ class _Collated:
 
 
 class _Rows:
-    """Rows that are collated for each batch anew: those of a padding collator, or of one that draws."""
+    """Rows that are collated for each batch anew: those of a padding collator, or of one that draws. They are read
+    when the first batch is asked for: then the client's own seed is set, for datasets that draw."""
 
-    def __init__(self, rows: Any, count: int, collate: Collate):
-        self._rows, self._count, self._collate = rows, count, collate
+    def __init__(self, read: Callable[[], Any], count: int, collate: Collate):
+        self._read, self._count, self._collate = read, count, collate
+
+    @functools.cached_property
+    def rows(self) -> Any:
+        return self._read()
 
     def __len__(self) -> int:
         return self._count
 
     def batch(self, indices: torch.Tensor | None) -> Mapping[str, Any]:
-        if isinstance(self._rows, Mapping):
-            rows = self._rows if indices is None else {name: value[indices] for name, value in self._rows.items()}
+        if isinstance(self.rows, Mapping):
+            rows = self.rows if indices is None else {name: value[indices] for name, value in self.rows.items()}
         else:
             # a row is handed out as a copy: collators pop what they use
             chosen = range(self._count) if indices is None else indices.tolist()
-            rows = [_copied(self._rows[index]) for index in chosen]
+            rows = [_copied(self.rows[index]) for index in chosen]
         return self._collate(rows)
 
 
 class _OneDataset:
     def __init__(self, dataset: Any):
         self._dataset = dataset
+        stored = isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+        self.fixed = stored or getattr(dataset, "fixed_rows", False)
 
     def rows(self, indices: np.ndarray) -> Any:
         """All of them at once: a list of rows, or what the dataset makes a batch of."""
@@ -182,6 +201,7 @@ class _ManyDatasets:
     def __init__(self, parts: list[Any]):
         self._parts = [_OneDataset(part) for part in parts]
         self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+        self.fixed = all(part.fixed for part in self._parts)
 
     def rows(self, indices: np.ndarray) -> Any:
         part = self._part(int(indices[0])) if len(indices) else 0
@@ -220,11 +240,14 @@ def _coded(values: Any, rows: int) -> tuple[list[str], np.ndarray]:
     if len(values) != rows:
         raise ValueError(f"partition_by has {len(values)} values for {rows} rows.")
     if hasattr(values, "combine_chunks"):
-        if values.null_count:
-            raise ValueError(f"{values.null_count} rows have no client.")
+        missing = int(pc.is_null(values, nan_is_null=True).to_numpy().sum())
+        if missing:
+            raise ValueError(f"{missing} rows have no client.")
         distinct = pc.unique(values)
         distinct = distinct.take(pc.array_sort_indices(distinct))
         return [str(value) for value in distinct.to_pylist()], pc.index_in(values, distinct).to_numpy()
+    if missing := sum(value is None or value != value for value in np.asarray(values).tolist()):
+        raise ValueError(f"{missing} rows have no client.")
     distinct, codes = np.unique(np.asarray(values), return_inverse=True)
     return [str(value) for value in distinct.tolist()], codes
 

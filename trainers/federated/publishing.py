@@ -1,5 +1,6 @@
 """A federated model on a disk and on the Hub: what is served, a card, and nothing that says who the clients were."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -56,6 +57,7 @@ def push_model(
         trainer.init_hf_repo(token=token, private=private)
     with tempfile.TemporaryDirectory() as scratch:
         save_served(trainer, scratch)
+        _require_no_paths(Path(scratch))
         if not trainer.is_world_process_zero():
             return None
         trainer.create_model_card(**card)
@@ -71,6 +73,18 @@ def push_model(
             run_as_future=not blocking,
         )
         return uploaded if blocking else uploaded.result() and uploaded
+
+
+def _require_no_paths(folder: Path) -> None:
+    """`ValueError` for an adapter on a model that lies in a folder here: nobody else could load it, and its path is
+    nobody's business."""
+    for file in folder.rglob("adapter_config.json"):
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base and (os.path.isabs(base) or Path(base).exists()):
+            raise ValueError(
+                f"The adapter is on {Path(base).name!r}, a folder of this machine. Push that model first, and put its "
+                "Hub id into model.peft_config['default'].base_model_name_or_path."
+            )
 
 
 def card_section(trainer: "FederatedTrainer") -> str:

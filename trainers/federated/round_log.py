@@ -18,11 +18,17 @@ class RoundLog:
         self.logs: list[dict[str, Any]] = []
 
     def begin(self, size: int = 0) -> None:
-        """Keep the first `size` bytes of the file, and read them."""
+        """Keep the first `size` bytes of the file, and read them. `ValueError` if it has fewer; it stays as it is."""
         self.history, self.logs = [], []
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        there = self.path.stat().st_size if self.path.exists() else 0
+        if there < size:
+            raise ValueError(
+                f"{self.path.name} has {there} bytes, and had {size} when its round was committed. Put it back as it "
+                "was, or begin anew in another output_dir."
+            )
         with open(self.path, "a+b") as file:
             file.truncate(size)
             file.seek(0)

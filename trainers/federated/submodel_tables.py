@@ -58,7 +58,7 @@ class SubmodelTables:
             positions[padding] = len(own)
             known = torch.cat([own, own.new_tensor([padding])])
             values = torch.cat([values, whole[padding : padding + 1].to(values.dtype)])
-        hook = module.register_forward_pre_hook(lambda _, inputs: (positions[inputs[0]], *inputs[1:]))
+        hook = module.register_forward_pre_hook(lambda _, inputs: (_found(name, positions, inputs[0]), *inputs[1:]))
         self._weights.set_data(name, torch.empty_like(values))
         if padding is not None:
             module.padding_idx = int(positions[padding])
@@ -72,6 +72,16 @@ class SubmodelTables:
 
         leave.callback(widen)
         return values
+
+
+def _found(name: str, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    found = positions[ids]
+    if ids.device.type == "cpu" and (lacking := found < 0).any():  # a GPU would have to be waited for
+        raise ValueError(
+            f"{name!r}: rows {ids[lacking].unique()[:3].tolist()} are read in training, and are not among those that "
+            "this client got. Give involvement= with all rows it may read, or submodels=False."
+        )
+    return found
 
 
 def embedding_tables(model: nn.Module) -> dict[str, nn.Embedding]:

@@ -1,5 +1,6 @@
 """A Trainer whose examples stay with their owners: `FederatedTrainer`."""
 
+import functools
 import math
 import os
 import time
@@ -25,6 +26,7 @@ from .messages import LayoutMeter
 from .partition import ClientRows
 from .publishing import push_model, save_served
 from .round_log import RoundLog
+from .run_description import description_of
 from .submodel_tables import rows_reader
 
 
@@ -33,6 +35,7 @@ logger = logging.get_logger(__name__)
 Tensors = dict[str, torch.Tensor]
 Score = Callable[[int, Sequence[str], Mapping[str, Tensors]], dict[str, dict[str, float]]]
 ROUNDS, CLIENTS, LOG = "rounds", "clients", "federated_log.jsonl"
+DRAWS_TRIED = 4  # clients whose submodel is read twice, to see whether it is always the same
 
 
 class FederatedTrainer(Trainer):
@@ -55,10 +58,12 @@ class FederatedTrainer(Trainer):
     on after a kill bit for bit as if there had been none; `save_total_limit` says how many rounds are kept (3).
 
     Args:
-        strategy: the algorithm, see [`trainers.federated.core`].
+        strategy: the algorithm, see [`trainers.federated.core`]. Who takes part is drawn by its own `seed`, batches by
+            that of `args`.
         rounds: how many, in all.
         train_dataset, partition_by: a dataset and its column with the client of each row; any map-style dataset and an
-            array with the client of each row; or `{client: dataset}` alone.
+            array with the client of each row; or `{client: dataset}` alone, or
+            [`ClientRows`][trainers.federated.partition.ClientRows] that were made before.
         local_steps: of a client in a round; or `local_epochs`, passes over its examples (1 if neither is given).
         availability: who is there in which round, see [`Availability`][trainers.federated.core.availability]; all.
         block_by: for algorithms with blocks of data, the column (or array) with the number of each row's block:
@@ -114,10 +119,12 @@ class FederatedTrainer(Trainer):
         self.meter, self.learning_rates = LayoutMeter(), rates(self.args, rounds)
         self._given_involvement, self._rows_of = involvement, None
         saves, folder, main = self.args.save_strategy != "no", Path(self.args.output_dir), self.is_world_process_zero()
-        self._states = ClientStates(folder / CLIENTS if saves else None, keep=commit_every + 1)
+        kept = max(2, self.args.save_total_limit or 3)
+        # back to the oldest round that is kept, should the newer ones be damaged
+        self._states = ClientStates(folder / CLIENTS if saves else None, keep=commit_every * kept + 1)
         self.round_log = RoundLog(folder / LOG if saves and main else None)
-        store = RoundStore(folder / ROUNDS, keep=max(2, self.args.save_total_limit or 3)) if saves else None
-        self._commits = Commits(store, self.round_log, self._description(), writes=main, every=commit_every)
+        store = RoundStore(folder / ROUNDS, keep=kept) if saves else None
+        self._commits = Commits(store, self.round_log, description_of(self), writes=main, every=commit_every)
         self._started = False
         self.engine = self._in_process(arrivals) if engine is None else engine(self)
 
@@ -151,6 +158,9 @@ class FederatedTrainer(Trainer):
         return Shard(self.accelerator.process_index, self.accelerator.num_processes, add_up)
 
     def _client_rows(self, dataset: Any, partition_by: Any, block_by: Any = None) -> ClientRows:
+        if isinstance(dataset, ClientRows):
+            return dataset
+
         def read(part: Any) -> Any:
             return self._remove_unused_columns(part) if isinstance(part, datasets.Dataset) else part
 
@@ -173,7 +183,7 @@ class FederatedTrainer(Trainer):
         return InProcessEngine(
             self.local,
             data=self.clients.data,
-            scoring=self._scoring_data,
+            scoring=self.scoring_data,
             payload=self.strategy.payload,
             states=self._states,
             meter=self.meter,
@@ -210,8 +220,7 @@ class FederatedTrainer(Trainer):
     def start_strategy(self) -> None:
         """Begin the strategy with the model as it is and all clients; what it knew before is forgotten."""
         involvement, self._rows_of = self._involvement(), None
-        if involvement is not None and getattr(self.strategy, "heat", "exact") != "exact":
-            # it is to learn the heat otherwise, so it is not told who has what
+        if involvement is not None and self.learns_heat:
             involvement, self._rows_of = None, involvement
         self.strategy.start(
             self.local.parameters,
@@ -221,15 +230,39 @@ class FederatedTrainer(Trainer):
         )
         self._started = True
 
+    @property
+    def learns_heat(self) -> bool:
+        """Whether the strategy is to find out by itself how many have a row, and is not told who has which."""
+        return getattr(self.strategy, "heat", "exact") != "exact"
+
+    def submodel(self, client: str) -> Tensors | None:
+        """Of each table, the rows that a client's examples read; `None` if clients take whole models."""
+        if not self._takes_submodels:
+            return None
+        if self._given_involvement is not None:
+            return self._given_involvement[client]
+        read = self._read_rows(self.clients.data(client).batch(None))
+        return {table: rows.cpu() for table, rows in read.items()}
+
+    @functools.cached_property
+    def _read_rows(self) -> Callable[[Mapping[str, Any]], Tensors]:
+        return rows_reader(self.model)
+
+    @property
+    def _takes_submodels(self) -> bool:
+        return "submodel" in self.strategy.requires if self.submodels == "auto" else bool(self.submodels)
+
     def _involvement(self) -> Mapping[str, Tensors] | None:
-        wanted = "submodel" in self.strategy.requires if self.submodels == "auto" else self.submodels
-        if not wanted or self._given_involvement is not None:
-            return self._given_involvement if wanted else None
-        read = rows_reader(self.model)
-        return {
-            client: {table: rows.cpu() for table, rows in read(self.clients.data(client).batch(None)).items()}
-            for client in self.clients.names
-        }
+        if not self._takes_submodels or self._given_involvement is not None:
+            return self._given_involvement if self._takes_submodels else None
+        for client in self.clients.names[:DRAWS_TRIED]:
+            first, again = self.submodel(client), self.submodel(client)
+            if any(not torch.equal(rows, again[table]) for table, rows in first.items()):
+                raise ValueError(
+                    f"{type(self.data_collator).__name__} draws which rows of the embeddings a client reads, as "
+                    "random masking of tokens does: give involvement= with all rows it may draw, or submodels=False."
+                )
+        return {client: self.submodel(client) for client in self.clients.names}
 
     def serve(self, block: int | None = None) -> None:
         """Put what is served into the model; with `block`, the predictor of that block."""
@@ -299,27 +332,28 @@ class FederatedTrainer(Trainer):
         schedule = getattr(self.strategy, "schedule", None)
         return None if schedule is None or self.clients.num_blocks is None else schedule.block(round)
 
-    def _scoring_data(self, client: str, round: int) -> ClientData:
+    def scoring_data(self, client: str, round: int) -> ClientData:
+        """What a client scores candidates of a round on."""
         return self.clients.data(client, self._block(round))
 
     def close_round(
         self, round: int, updates: Iterable[ClientUpdate], *, score: Score | None = None
     ) -> AggregationLog:
         """Aggregate what came, log it, evaluate where it is time to, and commit."""
-        updates = list(updates)
         log = self.strategy.aggregate(round, updates)
         agree_on(self.strategy)
         if score is not None and (candidates := self.strategy.candidates()):
             self.strategy.compare(round, score(round, log.accepted, candidates))
-        self.round_log.add("round", self._record(log, updates))
+        self.round_log.add("round", self._record(log))
         self.state.global_step, self.state.epoch = round + 1, (round + 1) / self.rounds
         self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
         if self.control.should_log:
             self.log(_scalars(self.history[-1]))
         if self.control.should_evaluate:
             self.serve()
-            self.evaluate()
-        if self._commits.commit(self.strategy, round, last=round + 1 == self.rounds):
+            self._determine_best_metric(self.evaluate(), trial=None)
+        last = round + 1 == self.rounds or self.control.should_training_stop
+        if self._commits.commit(self.strategy, round, last=last):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.control.should_log = self.control.should_evaluate = self.control.should_save = False
         return log
@@ -343,11 +377,10 @@ class FederatedTrainer(Trainer):
         if self.is_in_train:
             self.round_log.add("log", self.state.log_history[-1])
 
-    def _record(self, log: AggregationLog, updates: list[ClientUpdate]) -> dict[str, Any]:
+    def _record(self, log: AggregationLog) -> dict[str, Any]:
         """What is kept of a round, as JSON has it."""
-        heard = {update.client: update for update in updates if update.chain == "mixed"}
-        losses = [(heard[c].metrics.get("loss"), heard[c].num_examples) for c in log.accepted if c in heard]
-        losses = [(loss, weight) for loss, weight in losses if isinstance(loss, float) and math.isfinite(loss)]
+        losses = [(said.get("loss", math.nan), log.num_examples[client]) for client, said in log.metrics.items()]
+        losses = [(loss, weight) for loss, weight in losses if math.isfinite(loss)]
         own = getattr(self.strategy, "rate", None)
         sent = self.meter.of_latest(log.round)
         return log.to_dict() | {
@@ -355,26 +388,6 @@ class FederatedTrainer(Trainer):
             "learning_rate": own(log.round) if own else self.learning_rate(log.round),
             "bytes_up": sent["up"],
             "bytes_down": sent["down"],
-        }
-
-    def _description(self) -> dict[str, Any]:
-        """What a run must agree in to be gone on with."""
-        local, args = self.local, self.args
-        return {
-            "strategy": type(self.strategy).__name__,
-            "strategy_options": self.strategy.options(),
-            "data": self.clients.fingerprint(),
-            "seed": local.seed,
-            "batch_size": local.batch_size,
-            "local_steps": local.local_steps,
-            "local_epochs": local.local_epochs,
-            "optim": str(args.optim.value),
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": str(args.lr_scheduler_type.value),
-            "weight_decay": args.weight_decay,
-            "max_grad_norm": local.max_grad_norm,
-            "bf16": args.bf16,
-            "parallelism": self.parallelism,
         }
 
     # --- what comes of it

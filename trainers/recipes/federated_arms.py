@@ -17,6 +17,13 @@ from ..federated import (
 from ..federated.core import FederatedAlgorithm
 
 
+# Why the recipes here take neither --optimizer msign nor --reliability on.
+OF_CLIENTS = (
+    "clients begin every round with a fresh optimizer, so that no period of steps passes, and the federated trainer "
+    "commits rounds and refuses bad updates itself. Leave it out."
+)
+
+
 @dataclass(frozen=True)
 class Shared:
     """What arms take from a comparison.
@@ -88,4 +95,4 @@ def require_arms(arms: list[str], known: object = ARMS) -> None:
         raise ValueError(f"arms {strange if arms else arms} are not known; choose from {', '.join(known)}.")
 
 
-__all__ = ["ARMS", "Shared", "require_arms", "strategy_of"]
+__all__ = ["ARMS", "OF_CLIENTS", "Shared", "require_arms", "strategy_of"]

@@ -21,6 +21,8 @@ class Images:
     pixel_values: torch.Tensor
     labels: torch.Tensor
 
+    fixed_rows = True  # clients may keep them
+
     def __len__(self) -> int:
         return len(self.labels)
 

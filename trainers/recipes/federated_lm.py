@@ -29,9 +29,9 @@ from ..data.shakespeare_characters import SHAKESPEARE_LICENSE
 from ..federated import FederatedTrainer, SleepWindow
 from ..redaction import command_line
 from ..report import Data, FigureFile, Model, Results, collect_versions, device_name, write_results
-from .arguments import RecipeTrainingArguments, parse_arguments, training_arguments_of
+from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .comparison import BITS, print_metrics, wall_seconds_so_far
-from .federated_arms import Shared, require_arms, strategy_of
+from .federated_arms import OF_CLIENTS, Shared, require_arms, strategy_of
 from .federated_cells import Cell, Compared, Comparison, Experiment, Outcome, run_rounds
 from .federated_results import arms_metric, curves_figure, last, present
 from .language_model import require_writable
@@ -133,6 +133,8 @@ class Blocks:
 
     input_ids: torch.Tensor
     speakers: np.ndarray
+
+    fixed_rows = True  # clients may keep them
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -442,6 +444,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     types = (FederatedLmArguments, RecipeTrainingArguments)
     preset, (args, training_args) = parse_arguments(types, PRESETS, argv, default_preset="demo")
+    refuse_options(training_args, "optimizer", "reliability", because=OF_CLIENTS)
     try:
         compare(preset, args, training_args)
     except (ValueError, RuntimeError) as error:

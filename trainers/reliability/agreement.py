@@ -1,9 +1,14 @@
 """Decisions that all ranks take together, in the same step: alone, one rank would leave the others in a collective."""
 
-from typing import Any
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+
+T = TypeVar("T")
 
 
 def any_rank(flag: bool, *, device: torch.device | None = None) -> bool:
@@ -25,4 +30,25 @@ def from_all_ranks(value: Any) -> list[Any]:
     return gathered
 
 
-__all__ = ["any_rank", "from_all_ranks"]
+def together(work: Callable[[], T]) -> list[T]:
+    """What `work` returns (picklable) on every rank, in the order of ranks. A collective; what fails in one process
+    fails in all, which would otherwise wait for it in the next collective.
+
+    Raises:
+        RuntimeError: another process failed; its traceback is the message. What fails in this one is raised as it is.
+    """
+    problem, value = None, None
+    try:
+        value = work()
+    except Exception as error:
+        problem = error
+    told = "".join(traceback.format_exception(problem)) if problem else None
+    values, failures = zip(*from_all_ranks((value, told)))
+    if problem is not None:
+        raise problem
+    if any(failures):
+        raise RuntimeError("Another process failed:\n" + next(filter(None, failures)))
+    return list(values)
+
+
+__all__ = ["any_rank", "from_all_ranks", "together"]

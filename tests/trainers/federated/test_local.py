@@ -112,7 +112,7 @@ def test_a_client_sends_its_own_rows_of_a_table_that_came_whole():
 def test_an_id_outside_the_submodel_is_an_error_and_leaves_the_model_whole():
     model = recommender()
     local, before = training(model), model.table.weight.detach().clone()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"'table.weight': rows \[.*\] are read in training.*submodels=False"):
         local.run("a", CLICKS, submodel(local.parameters, OWN[:3]))
     assert torch.equal(model.table.weight, before) and not model.table._forward_pre_hooks
     (update,) = local.run("a", CLICKS, submodel(local.parameters))

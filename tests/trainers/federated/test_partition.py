@@ -119,3 +119,11 @@ def test_a_fingerprint_is_of_owners_and_of_stored_rows():
     assert first != rows_of(dataset, "who", block_by=[0, 0, 0, 1]).fingerprint()
     parts = [{"a": dataset.select([0, 1]), "b": dataset.select([last])} for last in (2, 3)]
     assert rows_of(parts[0]).fingerprint() != rows_of(parts[1]).fingerprint()
+
+
+@pytest.mark.parametrize("owners", [["a", None], [1.0, float("nan")], np.array([1.0, np.nan])])
+def test_rows_without_a_client_are_refused(owners):
+    with pytest.raises(ValueError, match="1 rows have no client"):
+        rows_of(Dataset.from_dict({"x": [1, 2]}), owners)
+    with pytest.raises(ValueError, match="1 rows have no client"):
+        rows_of(Dataset.from_dict({"x": [1, 2], "who": list(owners)}), "who")

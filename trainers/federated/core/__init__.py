@@ -4,6 +4,7 @@ on a wire, uploads that are checked, rounds that survive a kill. Nothing here op
 from .availability import Alternating, Availability, Bernoulli, SleepWindow, Trace, availability_from_dict
 from .averaging import FedAdam, FedAvg, FedProx, FedSGD, ServerAdam
 from .block_cyclic import MCPSGD, MMPSGD, BlockSchedule, Comparison
+from .exchange import AggregationLog, ClientUpdate, Payload
 from .heat import (
     RandomisedResponse,
     StreamingHeat,
@@ -13,7 +14,7 @@ from .heat import (
     heat_variance,
 )
 from .latest_averaging import MIFA, ClientMemory, FedLaAvg, MemoryMismatch, WaitForAll
-from .protocol import AggregationLog, ClientUpdate, FederatedAlgorithm, Payload
+from .protocol import FederatedAlgorithm
 from .robust import Robust, clip_norm, coordinate_median, epsilon_spent, trimmed_mean
 from .rounds import RoundError, RoundStore
 from .submodels import FedSubAvg, RoundwiseSubmodelAvg

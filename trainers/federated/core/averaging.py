@@ -7,18 +7,22 @@ FedAvg: McMahan et al., arXiv 1602.05629. FedProx: Li et al., arXiv 1812.06127. 
 algorithms stand beside.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .exchange import AggregationLog, CheckedUpdate, ClientUpdate, Tensors, joint_norm
 from .heat import exact_heat
-from .protocol import AggregationLog, ClientUpdate, FederatedAlgorithm, Tensors, check_choice
+from .protocol import FederatedAlgorithm, check_choice
 from .robust import Robust
+from .uploads import norm_of_tensor
 
 
 WEIGHTINGS = ("clients", "examples")
+Part = tuple[CheckedUpdate, Tensors]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class FedAvg(FederatedAlgorithm):
         if self._involvement is not None:
             heat = exact_heat(self._involvement, {name: len(x) for name, x in self._parameters.items() if x.dim()})
             self._heat = {name: count.to(self._parameters[name].device) for name, count in heat.items()}
+        self._owned = {name: count > 0 for name, count in self._heat.items()}  # by what start was told
 
     def _save(self, tensors: dict[str, Tensors], record: dict[str, Any]) -> None:
         tensors |= self._moments
@@ -112,12 +117,15 @@ class FedAvg(FederatedAlgorithm):
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> AggregationLog:
         """Close a round, see [`FederatedAlgorithm.aggregate`]."""
         chains, log = self._sifted(round, updates)
-        accepted = chains["mixed"]
-        if not accepted:
+        parts = self._parts(chains["mixed"], log)
+        if not parts:
             log.events.append("no update counts: the parameters stay")
             self._close(round, self._parameters, log)
             return log
-        direction, moments = self._direction(round, accepted), self._moments
+        if few := self.robust.too_few(len(parts)):
+            log.events.append(few)
+        accepted = [update for update, _ in parts]
+        direction, moments = self._direction(round, parts), self._moments
         log.elementwise_gradient_norm = self._elementwise_norm(direction, accepted)
         if self.server_optimizer is None:
             stepped = {name: x + self.server_learning_rate * direction[name] for name, x in self._parameters.items()}
@@ -127,32 +135,59 @@ class FedAvg(FederatedAlgorithm):
         self._moments = moments
         return log
 
-    def _direction(self, round: int, accepted: list[ClientUpdate]) -> Tensors:
+    def _parts(self, sifted: list[CheckedUpdate], log: AggregationLog) -> list[Part]:
+        """Each update with what is averaged of it: amplified, and clipped. One that is too large or not finite once it
+        is amplified is withdrawn."""
+        parts = []
+        for update in sifted:
+            amplified = self._amplified(update)
+            norm = self._amplified_norm(update, amplified)
+            if not math.isfinite(norm):
+                log._withdraw(update.client, f"its norm is {update.norm:.4g}, and no number once it is amplified")
+            elif self.max_update_norm is not None and norm > self.max_update_norm:
+                limit = f"at most {self.max_update_norm:.4g} is allowed"
+                log._withdraw(update.client, f"its norm is {norm:.4g} once it is amplified, {limit}")
+            else:
+                parts.append((update, self.robust.clipped(amplified, norm)))
+        return parts
+
+    def _direction(self, round: int, parts: list[Part]) -> Tensors:
         """What the server steps along: the average, in the parameters' dtype."""
-        parts = [self.robust.clipped(self._amplified(update)) for update in accepted]
+        accepted = [update for update, _ in parts]
         weights = [self._weight(update, self.weighting) for update in accepted]
         direction = {}
         for name, own in self._parameters.items():
             if self.robust.rule == "mean":
                 total = torch.zeros(own.shape, dtype=torch.float64, device=own.device)
-                for update, part, weight in zip(accepted, parts, weights):
+                for (update, part), weight in zip(parts, weights):
                     add_rows(total, update.rows.get(name), part[name], weight)
                 average = total / self._divisor(name, accepted, weights)
             else:
-                average = self.robust.centre(torch.stack([part[name].double() for part in parts]))
+                average = self.robust.centre(torch.stack([part[name].double() for _, part in parts]))
             if self.robust.noise_multiplier:
-                average += self.robust.noise(own, len(accepted), round, name)
+                average += self._noise(round, name, len(parts))
             direction[name] = average.to(own.dtype)
         return direction
 
-    def _amplified(self, update: ClientUpdate) -> Tensors:
-        """An update as it is clipped and averaged."""
+    def _noise(self, round: int, name: str, clients: int) -> torch.Tensor:
+        """For an average over `clients`; none in rows that nobody has."""
+        own, owned = self._parameters[name], self._owned.get(name)
+        drawn = self.robust.noise(own, clients, round, name)
+        return drawn if owned is None else drawn * per_row(owned, own)
+
+    def _amplified(self, update: CheckedUpdate) -> Tensors:
+        """An update as it is clipped and averaged; tensors that stay as they are, not copied."""
         return update.tensors
 
-    def _divisor(self, name: str, accepted: list[ClientUpdate], weights: list[float]) -> float | torch.Tensor:
+    def _amplified_norm(self, update: CheckedUpdate, amplified: Tensors) -> float:
+        norms = update.tensor_norms
+        changed = {name: norm_of_tensor(x) for name, x in amplified.items() if x is not update.tensors[name]}
+        return joint_norm((norms | changed).values())
+
+    def _divisor(self, name: str, accepted: list[CheckedUpdate], weights: list[float]) -> float | torch.Tensor:
         return sum(weights)
 
-    def _elementwise_norm(self, direction: Tensors, accepted: list[ClientUpdate]) -> float:
+    def _elementwise_norm(self, direction: Tensors, accepted: list[CheckedUpdate]) -> float:
         total = 0.0
         for name, d in direction.items():
             squares = d.double().square()
@@ -161,7 +196,7 @@ class FedAvg(FederatedAlgorithm):
             total += float(squares.sum())
         return total
 
-    def _norm_factor(self, name: str, accepted: list[ClientUpdate]) -> torch.Tensor | None:
+    def _norm_factor(self, name: str, accepted: list[CheckedUpdate]) -> torch.Tensor | None:
         """Of each row, N/n_m times the square of (plain average / direction); `None` of a dense parameter."""
         heat = self._heat.get(name)
         return None if heat is None else len(self._clients) / heat.double().clamp_min(1)
@@ -211,6 +246,11 @@ class FedAdam(FedAvg):
         **options: Any,
     ):
         super().__init__(server_optimizer=ServerAdam(learning_rate, betas, tau), **options)
+
+
+def per_row(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(rows,)` as `(rows, 1, ...)`, to multiply a table by."""
+    return factor.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def add_rows(total: torch.Tensor, rows: torch.Tensor | None, values: torch.Tensor, weight: float) -> None:

@@ -21,18 +21,8 @@ from typing import Any
 import torch
 
 from .averaging import WEIGHTINGS
-from .protocol import (
-    MIXED,
-    NEVER,
-    SEPARATE,
-    AggregationLog,
-    ClientUpdate,
-    FederatedAlgorithm,
-    Payload,
-    Tensors,
-    check_choice,
-    require_finite,
-)
+from .exchange import MIXED, NEVER, SEPARATE, AggregationLog, ClientUpdate, Payload, Tensors
+from .protocol import FederatedAlgorithm, check_choice, require_finite
 
 
 @dataclass(frozen=True)
@@ -307,8 +297,8 @@ class MCPSGD(MMPSGD):
         chains, log = self._sifted(round, updates)
         parameters = self._stepped(self._parameters, chains[MIXED])
         separate = self._stepped(self._separate_for(round), chains[SEPARATE])
-        require_finite(parameters, f"Round {round}: the new parameters")
-        require_finite(separate, f"Round {round}: the new separate chain")
+        require_finite(parameters, f"Round {round}: the new parameters", log)
+        require_finite(separate, f"Round {round}: the new separate chain", log)
         if self._open is not None:
             log.events.append(f"no losses came for round {self._open}: its candidate is the mixed model")
             self._settle(MIXED)

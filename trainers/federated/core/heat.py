@@ -4,14 +4,23 @@ digest).
 Exact, where involvement may be known; estimated from randomised answers, where it may not; or counted as clients come.
 """
 
+import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .protocol import Involvement
+from ...reliability.checkpoints import sync_folder
+from .exchange import Involvement
 from .randomness import random_source
+from .rounds import write_synced
+from .wire import pack, unpack
+
+
+_RECORD = "record"
 
 
 def exact_heat(
@@ -37,17 +46,26 @@ class RandomisedResponse:
 
     A bit is 1 with probability `p_in` if the client has the row and `p_out` if not. Each table is answered **once**:
     asked again, the client says the same, whatever its data have become, since answers that are drawn anew average the
-    noise away. Keep [`state_dict`] on the client. These are the permanent answers of the double randomised response
-    of the authors' earlier system (secure federated submodel learning, MobiCom 2020); its second stage, which
-    protects repeated requests for rows, is not here.
+    noise away. That holds as long as the client keeps its answers: give it a `file`, or keep [`state_dict`] yourself.
+    Nothing asks clients by itself: whoever collects heat sends the answers, adds them up, and gives FedSubAvg what
+    [`estimate_heat`] makes of them. These are the permanent answers of the double randomised response of the
+    authors' earlier system (secure federated submodel learning, MobiCom 2020); its second stage, which protects
+    repeated requests for rows, is not here.
 
     Each row costs [`epsilon_per_row`]; a client pays it for every row in which two possible users differ, and nothing
     is claimed beyond that.
 
     Args:
         p_in, p_out: 15/16 and 1/16, 7/8 and 1/8, 3/4 and 1/4 are presets of that system; 1 and 0 hide nothing.
+        file: safetensors, on the client: answers that it has stand, and a new one is on the disk before it is given,
+            so that a client that begins anew says the same.
         simulation, seed: answers from a seed and the client's name; both or neither. Without, from the operating
             system.
+
+    Raises:
+        ValueError: the file has answers of another client, of other probabilities or of a simulation; see
+            [`load_state_dict`].
+        WireError: it is damaged. To answer anew costs epsilon again: count it, and remove the file.
     """
 
     def __init__(
@@ -56,6 +74,7 @@ class RandomisedResponse:
         *,
         p_in: float = 7 / 8,
         p_out: float = 1 / 8,
+        file: str | os.PathLike | None = None,
         simulation: bool = False,
         seed: int | None = None,
     ):
@@ -63,6 +82,10 @@ class RandomisedResponse:
         self.client, self.p_in, self.p_out = client, p_in, p_out
         self._source = random_source(simulation=simulation, seed=seed)
         self._answers: dict[str, torch.Tensor] = {}
+        self._file = None if file is None else Path(file)
+        if self._file is not None and self._file.exists():
+            tensors, metadata = unpack(self._file.read_bytes())
+            self._answers = self._fitting({"tensors": tensors, "record": json.loads(metadata.get(_RECORD, "{}"))})
 
     def answer(self, table: str, rows: torch.Tensor, size: int) -> torch.Tensor:
         """`(size,)` of bool: the answer for a table of `size` rows, of which the client has `rows`.
@@ -74,18 +97,50 @@ class RandomisedResponse:
         if table not in self._answers:
             chance = torch.full((size,), self.p_out, dtype=torch.float64)
             chance[rows] = self.p_in
-            self._answers[table] = self._source.uniform((size,), self.client, table) < chance
+            drawn = self._source.uniform((size,), self.client, table) < chance
+            self._keep(self._answers | {table: drawn})
         if len(self._answers[table]) != size:
             raise ValueError(f"{table!r} was answered with {len(self._answers[table])} rows, not {size}.")
         return self._answers[table].clone()
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The answers given, by table."""
-        return {table: answer.clone() for table, answer in self._answers.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """`{"tensors": the answers given, by table, "record": what they are answers of, as JSON has it}`."""
+        return {"tensors": {table: answer.clone() for table, answer in self._answers.items()}, "record": self._record}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Stand by the answers of `state_dict`."""
-        self._answers = {table: answer.bool().clone() for table, answer in state.items()}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand by the answers of `state_dict`.
+
+        Raises:
+            ValueError: they are of another client, were made with other probabilities, so that [`estimate_heat`] and
+                [`epsilon_per_row`] would say something else of them, or in a simulation though this is none, or the
+                other way round; nothing is changed.
+        """
+        self._keep(self._fitting(state))
+
+    def _fitting(self, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        record = state["record"]
+        for name, mine in self._record.items():
+            if record.get(name) != mine:
+                raise ValueError(f"These answers do not fit: their {name} is {record.get(name)!r}, not {mine!r}.")
+        return {table: answer.bool().clone() for table, answer in state["tensors"].items()}
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        return {
+            "client": self.client,
+            "p_in": float(self.p_in),
+            "p_out": float(self.p_out),
+            "simulation": self._source.simulation,
+        }
+
+    def _keep(self, answers: dict[str, torch.Tensor]) -> None:
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self._file.with_name(f"{self._file.name}.unfinished")
+            write_synced(scratch, pack(answers, {_RECORD: json.dumps(self._record)}))
+            os.replace(scratch, self._file)
+            sync_folder(self._file.parent)
+        self._answers = answers
 
 
 def epsilon_per_row(p_in: float, p_out: float) -> float:
@@ -130,7 +185,8 @@ def heat_variance(heat: torch.Tensor | float, answers: int, *, p_in: float, p_ou
 class StreamingHeat:
     """Heat counted over the distinct clients that have come so far: n_m is estimated by N (seen with m) / (seen).
 
-    Ours. It assumes that those who came are like those who did not.
+    Ours. It assumes that those who came are like those who did not. The counts are exact, nothing hides who has a row:
+    neither they nor what is computed of them is covered by the noise of [`Robust`][trainers.federated.core.Robust].
     """
 
     def __init__(self, sizes: Mapping[str, int]):

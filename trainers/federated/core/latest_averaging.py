@@ -13,17 +13,8 @@ from typing import Any
 import torch
 
 from .averaging import WEIGHTINGS
-from .protocol import (
-    NEVER,
-    AggregationLog,
-    ClientUpdate,
-    FederatedAlgorithm,
-    Payload,
-    Tensors,
-    check_choice,
-    norm_of,
-    require_finite,
-)
+from .exchange import NEVER, AggregationLog, CheckedUpdate, ClientUpdate, Payload, Tensors
+from .protocol import FederatedAlgorithm, check_choice, norm_of, require_finite
 from .uploads import UploadError
 
 
@@ -183,8 +174,8 @@ class FedLaAvg(FederatedAlgorithm):
     def aggregate(self, round: int, updates: Iterable[ClientUpdate]) -> AggregationLog:
         """Close a round, see [`FederatedAlgorithm.aggregate`]; x moves in rounds without updates too."""
         chains, log = self._sifted(round, updates)
-        arrived, rate = chains["mixed"], self.rate(round)
-        fresh = {}
+        rate, fresh = self.rate(round), {}
+        arrived = self._in_range(chains["mixed"], rate, log)
         if self.memory == "server":
             fresh = {update.client: accumulated_gradient(update.tensors, rate) for update in arrived}
             differences = [difference(u, self._latest.get(client)) for client, u in fresh.items()]
@@ -194,7 +185,7 @@ class FedLaAvg(FederatedAlgorithm):
         leaving = self._leaving(round, accepted)
         differences += [{name: -u for name, u in self._latest[client].items()} for client in leaving]
         total = {name: _summed(own, [d[name] for d in differences]) for name, own in self._total.items()}
-        require_finite(total, f"Round {round}: the summed gradients")
+        require_finite(total, f"Round {round}: the summed gradients", log)
         for client in leaving:
             del accepted[client]
             log.events.append(f"{client!r} was retired: its gradient was older than {self.retire_after} rounds")
@@ -207,6 +198,16 @@ class FedLaAvg(FederatedAlgorithm):
         self._latest = {c: u for c, u in (self._latest | fresh).items() if c in accepted}
         self._tried |= dict.fromkeys(log.accepted if tried is None else tried, round)
         return log
+
+    def _in_range(self, sifted: list[CheckedUpdate], rate: float, log: AggregationLog) -> list[CheckedUpdate]:
+        """Without changes that the server would divide by gamma and could not hold."""
+        if self.memory == "client":
+            return sifted
+        largest = min(torch.finfo(x.dtype).max for x in self._parameters.values())
+        for update in sifted:
+            if update.norm > largest * rate:
+                log._withdraw(update.client, f"its norm is {update.norm:.4g}, its gradient would not be finite")
+        return [update for update in sifted if update.client in log.norms]
 
     def _leaving(self, round: int, accepted: Mapping[str, int]) -> list[str]:
         if self.retire_after is None:
@@ -300,10 +301,10 @@ class WaitForAll(FederatedAlgorithm):
             self._waiting, self._weights = waiting, weights
         return log
 
-    def _check(self, update: ClientUpdate, *args: Any) -> None:
+    def _check(self, update: ClientUpdate, *args: Any) -> dict[str, float]:
         if update.client in self._weights:
             raise UploadError(update.client, "it has contributed to this step already")
-        super()._check(update, *args)
+        return super()._check(update, *args)
 
     def _save(self, tensors: dict[str, Tensors], record: dict[str, Any]) -> None:
         tensors["waiting"], record["weights"] = dict(self._waiting), dict(self._weights)

@@ -16,108 +16,30 @@ the order of their names, so that neither the order of arrival nor the number of
 import hashlib
 import inspect
 import json
-import logging
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import fields, is_dataclass
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
 
-from .uploads import Upload, UploadError, check_upload
+from .exchange import (
+    MIXED,
+    NEVER,
+    AggregationLog,
+    CheckedUpdate,
+    ClientUpdate,
+    Involvement,
+    Payload,
+    Tensors,
+    joint_norm,
+)
+from .uploads import Upload, UploadError, check_form, checked_norms, norm_of_tensor, strided_problem
 
 
-logger = logging.getLogger(__name__)
-
-Tensors = dict[str, torch.Tensor]
-Involvement = Mapping[str, Mapping[str, torch.Tensor]]
-NEVER = -1  # the round of a client that has not taken part
-MIXED, SEPARATE = "mixed", "separate"
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Payload:
-    """What goes down to one client in one round.
-
-    Args:
-        tensors: parameters, by name.
-        rows: for tables of which the client gets only its submodel, which rows `tensors[name]` holds, in order.
-        config: how to train, for the client to obey: `learning_rate` (of plain SGD), `local_steps`, `proximal` (mu:
-            the client adds mu/2 ||y - received||^2 to its loss), `loss_scale`, `step_scale` (the client takes
-            max(1, round(C * step_scale)) of its C steps), `block`, and `accepted_round`, see
-            [`ClientMemory`][trainers.federated.core.latest_averaging.ClientMemory]. What is absent, the client's own
-            settings decide.
-        separate: the second chain, of algorithms that require `"two_chains"`: trained like the first, apart from it,
-            with `separate_learning_rate` if the config has it.
-    """
-
-    round: int
-    tensors: Tensors
-    rows: Tensors = field(default_factory=dict)
-    config: dict[str, str | int | float | bool] = field(default_factory=dict)
-    separate: Tensors = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ClientUpdate:
-    """What a client sends up.
-
-    Args:
-        client: whom the connection says it is, never what a payload claims.
-        tensors: local minus received, in the dtype of what was served (fp32); of a client with memory, what
-            [`ClientMemory.upload`][trainers.federated.core.latest_averaging.ClientMemory.upload] makes of it.
-        rows: for tables of which `tensors[name]` holds only some rows, which, increasing.
-        num_examples: what the client has; not the number of batches. Where `start` was told, that is believed.
-        metrics: what the client measured, for logs.
-        chain: `"mixed"`, or `"separate"` for the update of [`Payload.separate`].
-    """
-
-    client: str
-    round: int
-    tensors: Tensors
-    rows: Tensors
-    num_examples: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    chain: str = MIXED
-
-
-@dataclass
-class AggregationLog:
-    """What a round came to.
-
-    Args:
-        accepted: clients whose update counts, in the order in which they were added up.
-        rejected: of each client that sent something bad, late or twice, why it does not count; one that sent a good
-            update too is accepted as well.
-        missing: clients that were selected and sent nothing.
-        norms: Euclidean norm of each accepted upload; the second chain's under `"<client>/separate"`.
-        step_norm: how far the served parameters moved.
-        elementwise_gradient_norm: sum_m (N/n_m) d_m^2 with d the plain average of the updates and n_m the clients that
-            have parameter m, as far as they are known: for small local steps, the element-wise gradient norm of
-            FedSubAvg (arXiv 2109.07704, section 4) in our reading, times (learning rate x local steps)^2, seen
-            through this round's clients.
-        events: what else a reader must know.
-    """
-
-    round: int
-    accepted: list[str] = field(default_factory=list)
-    rejected: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    norms: dict[str, float] = field(default_factory=dict)
-    step_norm: float = 0.0
-    elementwise_gradient_norm: float = 0.0
-    events: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
-    def _reject(self, client: str, reason: str) -> None:
-        known = self.rejected.get(client)
-        self.rejected[client] = reason if known is None else f"{known}; {reason}"
-        logger.warning("Round %d: update of %r rejected: %s", self.round, client, reason)
 
 
 class FederatedAlgorithm(ABC):
@@ -125,7 +47,8 @@ class FederatedAlgorithm(ABC):
 
     Args:
         clients_per_round: K; fewer if fewer are available. `None`: all that are available.
-        max_update_norm: refuse an upload whose Euclidean norm is larger.
+        max_update_norm: refuse an upload whose Euclidean norm is larger, as it came or once it is amplified, see
+            [`FedSubAvg`][trainers.federated.core.FedSubAvg].
         seed: of the selection.
     """
 
@@ -136,8 +59,9 @@ class FederatedAlgorithm(ABC):
     def __new__(cls, *args: Any, **options: Any):
         self = super().__new__(cls)
         # bind_partial: copies are made without arguments, and get their attributes afterwards
-        self._given = inspect.signature(cls.__init__).bind_partial(self, *args, **options).arguments
-        del self._given["self"]
+        given = inspect.signature(cls.__init__).bind_partial(self, *args, **options).arguments
+        self._given = {name: value for name, value in given.items() if name not in ("self", "options")}
+        self._given |= given.get("options", {})
         return self
 
     def __init__(self, *, clients_per_round: int | None = None, max_update_norm: float | None = None, seed: int = 0):
@@ -149,9 +73,13 @@ class FederatedAlgorithm(ABC):
         self._parameters: Tensors | None = None
 
     def options(self) -> dict[str, Any]:
-        """The arguments that it was made with, as JSON has them."""
-        given = self._given | self._given.get("options", {})
-        return {name: _as_json(value) for name, value in sorted(given.items()) if name != "options"}
+        """The arguments that it was made with, those by default too, as JSON has them: of tensors a hash, of functions
+        nothing but that they are some."""
+        known: dict[str, Any] = {}
+        for kind in reversed(type(self).__mro__):
+            parameters = inspect.signature(kind.__init__).parameters.values() if "__init__" in vars(kind) else ()
+            known |= {p.name: p.default for p in parameters if p.default is not p.empty}
+        return {name: _as_json(value) for name, value in sorted((known | self._given).items())}
 
     # --- the state
 
@@ -334,7 +262,8 @@ class FederatedAlgorithm(ABC):
 
         Raises:
             ValueError: a round that is over.
-            FloatingPointError: finite updates whose sum is not; the state is as before.
+            FloatingPointError: finite updates whose sum is not, with the client whose update was the largest; the
+                state is as before.
         """
 
     def candidates(self) -> dict[str, Tensors]:
@@ -360,22 +289,26 @@ class FederatedAlgorithm(ABC):
         """The updates that count, of each chain by client, and a log that names the others."""
         self._check_round(round)
         log, asked = AggregationLog(round), self._asked(round)
-        good: dict[str, dict[str, ClientUpdate]] = {chain: {} for chain in self.chains}
+        good: dict[str, dict[str, CheckedUpdate]] = {chain: {} for chain in self.chains}
         heard = set()
         for update in updates:
             heard.add(update.client)
             try:
-                self._check(update, round, asked, good.get(update.chain))
+                check_form(update)
+                norms = self._check(update, round, asked, good.get(update.chain))
             except UploadError as error:
                 log._reject(update.client, error.reason if error.key is None else f"{error.key}: {error.reason}")
                 continue
-            good[update.chain][update.client] = self._in_place(update)
+            good[update.chain][update.client] = self._in_place(update, norms)
         chains = {chain: [found[client] for client in sorted(found)] for chain, found in good.items()}
         log.accepted = sorted({update.client for found in chains.values() for update in found})
         log.missing = [] if asked is None else sorted(set(asked) - heard)
         for chain, found in chains.items():
             for update in found:
-                log.norms[update.client if chain == MIXED else f"{update.client}/{chain}"] = norm_of(update.tensors)
+                log.norms[update.client if chain == MIXED else f"{update.client}/{chain}"] = update.norm
+        for update in chains[MIXED]:
+            log.metrics[update.client] = dict(update.metrics)
+            log.num_examples[update.client] = self._examples(update)
         return chains, log
 
     def _check(
@@ -384,14 +317,15 @@ class FederatedAlgorithm(ABC):
         round: int,
         asked: list[str] | None,
         seen: Mapping[str, ClientUpdate] | None,
-    ) -> None:
+    ) -> dict[str, float]:
+        """The norm of each tensor of an update that may be used; `UploadError` of another."""
         client = update.client
         if client not in self._clients:
             raise UploadError(client, "nobody of that name was registered at the start")
         if update.round == round and asked is not None and client not in asked:
             raise UploadError(client, f"it was not asked in round {round}")
         if seen is None:
-            raise UploadError(client, f"there is no chain {update.chain!r}")
+            raise UploadError(client, f"there is no chain {shortened(update.chain)}")
         expected = self._parameters
         if update.rows:
             expected = dict(expected)
@@ -400,7 +334,7 @@ class FederatedAlgorithm(ABC):
                 shape = (len(rows), *self._parameters[table].shape[1:])
                 expected[table] = torch.empty(shape, dtype=self._parameters[table].dtype, device="meta")
         upload = Upload(round=update.round, sender=client, tensors=update.tensors, num_samples=update.num_examples)
-        check_upload(upload, expected=expected, round=round, max_norm=self.max_update_norm, seen=seen)
+        return checked_norms(upload, expected=expected, round=round, max_norm=self.max_update_norm, seen=seen)
 
     def _check_rows(self, client: str, table: str, rows: torch.Tensor) -> None:
         if not self.takes_rows:
@@ -416,7 +350,7 @@ class FederatedAlgorithm(ABC):
             if strange := int((~torch.isin(rows.cpu(), own)).sum()):
                 raise UploadError(client, f"{strange} of its rows are not in its submodel", key=table)
 
-    def _in_place(self, update: ClientUpdate) -> ClientUpdate:
+    def _in_place(self, update: ClientUpdate, norms: dict[str, float]) -> CheckedUpdate:
         """On the parameters' device; of a table that was sent whole, only the client's own rows: whatever weight
         decay did to the others does not count."""
         device = next(iter(self._parameters.values())).device
@@ -427,40 +361,60 @@ class FederatedAlgorithm(ABC):
                 if table not in rows:
                     rows[table] = own.to(device)
                     tensors[table] = tensors[table][rows[table]]
-        return replace(update, tensors=tensors, rows=rows)
+                    norms[table] = norm_of_tensor(tensors[table])
+        return CheckedUpdate(
+            client=update.client,
+            round=update.round,
+            tensors=tensors,
+            rows=rows,
+            num_examples=update.num_examples,
+            metrics=update.metrics,
+            chain=update.chain,
+            tensor_norms=norms,
+        )
+
+    def _examples(self, update: ClientUpdate) -> int:
+        """Of the client, as `start` was told; else what the update says."""
+        return update.num_examples if self._num_examples is None else self._num_examples[update.client]
 
     def _weight(self, update: ClientUpdate, weighting: str) -> float:
         """Of an update in an average: 1, or the examples of its client."""
-        if weighting == "clients":
-            return 1.0
-        return float(update.num_examples if self._num_examples is None else self._num_examples[update.client])
+        return 1.0 if weighting == "clients" else float(self._examples(update))
 
     def _close(self, round: int, parameters: Tensors, log: AggregationLog) -> None:
         """The last act of `aggregate`: the served parameters change, or nothing does."""
-        require_finite(parameters, f"Round {round}: the new parameters")
+        require_finite(parameters, f"Round {round}: the new parameters", log)
         log.step_norm = norm_of({name: parameters[name] - own for name, own in self._parameters.items()})
         self._parameters, self._last_round = parameters, round
 
 
 def _as_json(value: Any) -> Any:
     if is_dataclass(value):
-        return json.loads(json.dumps(asdict(value)))
-    if callable(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return list(value) if isinstance(value, tuple) else value
+        return {part.name: _as_json(getattr(value, part.name)) for part in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(content).hexdigest()[:16]}"
+    return value if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 
 def norm_of(tensors: Mapping[str, torch.Tensor]) -> float:
     """The Euclidean norm over all tensors together."""
-    squares = [float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in tensors.values()]
-    return sum(squares) ** 0.5
+    return joint_norm([norm_of_tensor(tensor) for tensor in tensors.values()])
 
 
-def require_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """`FloatingPointError` that names the first tensor which is not."""
+def require_finite(tensors: Mapping[str, torch.Tensor], what: str, log: AggregationLog) -> None:
+    """`FloatingPointError` that names the first tensor which is not, and whose update of the round is the largest."""
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise FloatingPointError(f"{what} are not finite in {name!r}: set max_update_norm or a smaller rate.")
+            largest = max(log.norms, key=log.norms.__getitem__, default=None)
+            whose = "" if largest is None else f" (largest update: {largest!r}, norm {log.norms[largest]:.4g})"
+            raise FloatingPointError(
+                f"{what} are not finite in {name!r}{whose}: set max_update_norm or a smaller rate."
+            )
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -471,7 +425,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def _row_problem(rows: object, table: torch.Tensor) -> str:
     """What keeps `rows` from being rows of `table`, increasing and each once."""
-    if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or rows.dim() != 1:
+    if not isinstance(rows, torch.Tensor) or rows.dtype != torch.int64 or strided_problem(rows) or rows.dim() != 1:
         return "its rows are no vector of int64"
     if not table.dim():
         return "a scalar has no rows"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .protocol import Tensors, check_choice, norm_of
+from .exchange import Tensors
+from .protocol import check_choice, norm_of
 from .randomness import random_source
 
 
@@ -21,10 +22,13 @@ class Robust:
 
     Args:
         rule: `"mean"`, `"median"` or `"trimmed_mean"`, each coordinate by itself over the clients.
-        trim: of the trimmed mean, the share of clients that is left out at each end.
+        trim: of the trimmed mean, the share of clients that is left out at each end; unless it is 0, at least one
+            where there are three or more.
         clip_norm: an update whose norm is larger, after amplification, is scaled down to it.
         noise_multiplier: z. The average of n updates gets Gaussian noise of standard deviation z * clip_norm / n in
-            every coordinate, also in those that no client sent; see [`epsilon_spent`].
+            every coordinate, also in those that no client sent; see [`epsilon_spent`] for what that hides. Where
+            `start` is given involvement, rows that nobody has get none, and stay: who has which rows counts as
+            public then. Where it is not, nobody's rows, such as that of padding, cannot be told and move too.
         simulation, seed: noise from a seed; both or neither. Without, from the operating system: such a run does not
             repeat, resumed or not.
     """
@@ -48,14 +52,27 @@ class Robust:
             raise ValueError(f"noise is scaled to a mean; with rule={self.rule!r} it would mean nothing.")
         random_source(simulation=self.simulation, seed=self.seed)
 
-    def clipped(self, tensors: Tensors) -> Tensors:
-        """One client's amplified update, no longer than `clip_norm`."""
-        return tensors if self.clip_norm is None else clip_norm(tensors, self.clip_norm)
+    def clipped(self, tensors: Tensors, norm: float) -> Tensors:
+        """One client's amplified update, which has this norm, no longer than `clip_norm`."""
+        return tensors if self.clip_norm is None or norm <= self.clip_norm else _scaled(tensors, self.clip_norm / norm)
+
+    def cut(self, clients: int) -> int:
+        """How many are left out at each end."""
+        if self.rule == "median":
+            return (clients - 1) // 2
+        if self.rule == "mean" or not self.trim or clients < 3:
+            return 0
+        return max(1, int(self.trim * clients))
 
     def centre(self, stacked: torch.Tensor) -> torch.Tensor:
         """Of `(clients, ...)`, by the median or the trimmed mean."""
-        clients = len(stacked)
-        return trimmed_mean(stacked, (clients - 1) // 2 if self.rule == "median" else int(self.trim * clients))
+        return trimmed_mean(stacked, self.cut(len(stacked)))
+
+    def too_few(self, clients: int) -> str:
+        """What a log must say if the average of so many is a plain mean though another rule was asked for."""
+        if self.rule == "mean" or (self.rule == "trimmed_mean" and not self.trim) or self.cut(clients):
+            return ""
+        return f"rule={self.rule!r} needs 3 updates, of {clients} it is a plain mean: one client can move it anywhere"
 
     def noise(self, like: torch.Tensor, clients: int, *about: object) -> torch.Tensor:
         """For an average over `clients`, float64. `about`: what distinguishes this draw in a simulation."""
@@ -67,7 +84,11 @@ class Robust:
 def clip_norm(tensors: Mapping[str, torch.Tensor], limit: float) -> Tensors:
     """The tensors, scaled down together so that their norm is at most `limit`."""
     norm = norm_of(tensors)
-    return dict(tensors) if norm <= limit else {name: tensor * (limit / norm) for name, tensor in tensors.items()}
+    return dict(tensors) if norm <= limit else _scaled(tensors, limit / norm)
+
+
+def _scaled(tensors: Mapping[str, torch.Tensor], factor: float) -> Tensors:
+    return {name: tensor * factor for name, tensor in tensors.items()}
 
 
 def trimmed_mean(stacked: torch.Tensor, cut: int) -> torch.Tensor:
@@ -91,11 +112,15 @@ def epsilon_spent(
 ) -> float:
     """The epsilon, at `delta`, of Gaussian mechanisms composed, by the Rényi accountant of `opacus` (extra `privacy`).
 
-    It is that of one client's whole data against the same rounds with zeros in its place, in the released averages,
-    given who was selected: for a mean over equally weighted updates clipped to `clip_norm`, of clients whose selection
-    depends on nobody's data. Sampling is not counted in the client's favour: K clients drawn without replacement out
-    of those that happen to be awake are no Poisson sample. That the noise is made of floating-point numbers, and what
-    the server itself sees, are not counted either.
+    It is that of one client's updates against the same rounds with zeros in their place, in the released parameters,
+    given who was selected, whose update counted and who is known to have which rows: for a mean over equally weighted
+    updates clipped to `clip_norm`, of clients whose selection depends on nobody's data, amplified, if at all, by what
+    is public. Sampling is not counted in the client's favour: K clients drawn without replacement out of those that
+    happen to be awake are no Poisson sample.
+
+    Not covered: that the noise is made of floating-point numbers; what the server itself sees; the logs, in which
+    clients' norms and losses stand without noise; involvement and heat, which are exact unless they were collected
+    by [`RandomisedResponse`][trainers.federated.core.RandomisedResponse], at a price of its own.
 
     Args:
         participations: in how many rounds the client took part; of several numbers the largest counts, so that the

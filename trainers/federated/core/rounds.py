@@ -87,9 +87,9 @@ class RoundStore:
         for name, values in tensors.items():
             content = pack(values)
             files[f"{name}.safetensors"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-            _write_synced(scratch / f"{name}.safetensors", content)
+            write_synced(scratch / f"{name}.safetensors", content)
         description = {"format": FORMAT, "round": round, "files": files, "record": dict(record or {})}
-        _write_synced(scratch / RECORD_NAME, (json.dumps(description, indent=1, allow_nan=False) + "\n").encode())
+        write_synced(scratch / RECORD_NAME, (json.dumps(description, indent=1, allow_nan=False) + "\n").encode())
         sync_folder(scratch)
         if target.exists():
             os.rename(target, self.folder / f"{_UNFINISHED}damaged-{target.name}")
@@ -172,7 +172,8 @@ class RoundStore:
             shutil.rmtree(doomed)
 
 
-def _write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file; when this returns its content survives a loss of power."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from .averaging import FedAvg, add_rows
+from .averaging import FedAvg, Part, add_rows, per_row
+from .exchange import AggregationLog, CheckedUpdate, ClientUpdate, Tensors
 from .heat import StreamingHeat, exact_heat
-from .protocol import AggregationLog, ClientUpdate, Tensors, check_choice
+from .protocol import check_choice
 
 
 class FedSubAvg(FedAvg):
@@ -35,7 +36,11 @@ class FedSubAvg(FedAvg):
             [`estimate_heat`][trainers.federated.core.heat.estimate_heat] gives it. With the last two, `start` needs
             no involvement.
         max_correction: the largest c_m; with estimated heat, this or a floor of the estimate is a must.
-        options: those of [`FedAvg`]. Clipping and noise come after the correction.
+        options: those of [`FedAvg`]. Clipping and noise come after the correction, and `max_update_norm` holds for
+            what comes and for what the correction makes of it. Noise needs heat that is given: n_m that is counted
+            from the clients' rows lets each client change how much the others weigh, by more than noise scaled to
+            one clipped update hides. Heat that is given is public; if it was estimated from randomised answers,
+            their epsilon comes on top of [`epsilon_spent`][trainers.federated.core.epsilon_spent].
     """
 
     requires = frozenset({"submodel"})
@@ -55,6 +60,12 @@ class FedSubAvg(FedAvg):
             raise ValueError(f"rule={self.robust.rule!r}: a row that few clients own has no majority. Use clip_norm.")
         if max_correction is not None and not max_correction >= 1:
             raise ValueError(f"max_correction={max_correction} must be at least 1; None does not cap.")
+        if self.robust.noise_multiplier and isinstance(heat, str):
+            raise ValueError(
+                f"noise_multiplier with heat={heat!r}: N / n_m then depends on everybody's rows, and one client can "
+                "change the average by more than the noise is scaled to. Give heat={table: n_m} that is public, or "
+                "estimate_heat's from randomised answers."
+            )
         if weighting == "examples" and heat != "exact":
             raise ValueError(
                 "weighting='examples' needs heat='exact': it weighs rows by the examples of their owners."
@@ -119,18 +130,27 @@ class FedSubAvg(FedAvg):
             self._heat, self._correction, self._next_streaming = *before, None
             raise
 
-    def _direction(self, round: int, accepted: list[ClientUpdate]) -> Tensors:
-        if self._streaming is not None:
-            self._next_streaming = self._streaming.with_clients({update.client: update.rows for update in accepted})
-            self._set_streamed(self._next_streaming, {table for update in accepted for table in update.rows})
-        return super()._direction(round, accepted)
+    def _parts(self, sifted: list[CheckedUpdate], log: AggregationLog) -> list[Part]:
+        if self._streaming is None:
+            return super()._parts(sifted, log)
+        before = self._heat, self._correction
+        while sifted:
+            self._heat, self._correction = before
+            self._next_streaming = self._streaming.with_clients({update.client: update.rows for update in sifted})
+            self._set_streamed(self._next_streaming, {table for update in sifted for table in update.rows})
+            parts = super()._parts(sifted, log)
+            if len(parts) == len(sifted):
+                return parts
+            sifted = [update for update, _ in parts]  # heat is counted anew without those that were withdrawn
+        self._heat, self._correction, self._next_streaming = *before, None
+        return []
 
     def _close(self, round: int, parameters: Tensors, log: AggregationLog) -> None:
         super()._close(round, parameters, log)
         if self._next_streaming is not None:
             self._streaming, self._next_streaming = self._next_streaming, None
 
-    def _amplified(self, update: ClientUpdate) -> Tensors:
+    def _amplified(self, update: CheckedUpdate) -> Tensors:
         tensors = dict(update.tensors)
         for table, c in self._correction.items():
             rows = update.rows.get(table)
@@ -138,7 +158,7 @@ class FedSubAvg(FedAvg):
             tensors[table] = tensors[table] * per_row(c, tensors[table]).to(tensors[table].dtype)
         return tensors
 
-    def _norm_factor(self, name: str, accepted: list[ClientUpdate]) -> torch.Tensor | None:
+    def _norm_factor(self, name: str, accepted: list[CheckedUpdate]) -> torch.Tensor | None:
         factor, c = super()._norm_factor(name, accepted), self._correction.get(name)
         return factor if factor is None or c is None else factor / c**2
 
@@ -172,14 +192,14 @@ class RoundwiseSubmodelAvg(FedAvg):
                 "Averages over the few owners of a row take clip_norm only: noise and medians are no use."
             )
 
-    def _divisor(self, name: str, accepted: list[ClientUpdate], weights: list[float]) -> float | torch.Tensor:
+    def _divisor(self, name: str, accepted: list[CheckedUpdate], weights: list[float]) -> float | torch.Tensor:
         if not any(name in update.rows for update in accepted):
             return sum(weights)
         own = self._parameters[name]
         involved = self._involved(name, accepted, weights)
         return per_row(torch.where(involved > 0, involved, 1.0), own)
 
-    def _involved(self, name: str, accepted: list[ClientUpdate], weights: list[float]) -> torch.Tensor:
+    def _involved(self, name: str, accepted: list[CheckedUpdate], weights: list[float]) -> torch.Tensor:
         """The weight of the participants that have each row."""
         own = self._parameters[name]
         involved = torch.zeros(len(own), dtype=torch.float64, device=own.device)
@@ -189,14 +209,9 @@ class RoundwiseSubmodelAvg(FedAvg):
             )
         return involved
 
-    def _norm_factor(self, name: str, accepted: list[ClientUpdate]) -> torch.Tensor | None:
+    def _norm_factor(self, name: str, accepted: list[CheckedUpdate]) -> torch.Tensor | None:
         factor = super()._norm_factor(name, accepted)
         if factor is None:
             return None
         weights = [self._weight(update, self.weighting) for update in accepted]
         return factor * (self._involved(name, accepted, weights) / sum(weights)) ** 2
-
-
-def per_row(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`(rows,)` as `(rows, 1, ...)`, to multiply a table by."""
-    return factor.reshape(-1, *[1] * (like.dim() - 1))

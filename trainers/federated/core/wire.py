@@ -46,7 +46,7 @@ def unpack(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         tensors = load(bytes(payload))
         length = int.from_bytes(payload[:8], "little")
-        metadata = json.loads(payload[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WireError(f"{len(payload)} bytes are no safetensors file ({error}): cut off or damaged.") from error
     return tensors, metadata

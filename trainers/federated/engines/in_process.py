@@ -5,13 +5,12 @@ together, with a part of every batch each. The first gives the same bits whateve
 gathered and every process adds them up in the same order; the second is for few clients with much data.
 """
 
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from ...reliability.agreement import from_all_ranks
+from ...reliability.agreement import from_all_ranks, together
 from ..client_states import ClientStates
 from ..core import ClientUpdate, Payload
 from ..local import ClientData, LocalTraining
@@ -60,6 +59,7 @@ class InProcessEngine:
         self._home = {client: index for index, client in enumerate(order)}
         self._rank, self._size = (0, 1) if parallelism == DATA else (rank, size)
         self._keeps = parallelism == CLIENTS or rank == 0
+        self._shares_memory = parallelism == DATA and states.folder is not None
         self._arrivals = arrivals
 
     def begin(self, *, fresh: bool) -> None:
@@ -89,6 +89,8 @@ class InProcessEngine:
                 part.up += self.meter.size(update_message(update))
                 part.updates += [update] if self._arrivals is None else self._arrivals(update)
         self.states.sync()
+        if self._shares_memory:
+            from_all_ranks(None)  # the others read in the next round what one process has written in this
 
     def _score(self, part: "_Part", clients: Sequence[str], candidates: Mapping[str, Tensors]) -> None:
         sent = {f"{name}/{key}": tensor for name, model in candidates.items() for key, tensor in model.items()}
@@ -103,19 +105,15 @@ class InProcessEngine:
 
     def _together(self, part: "_Part", work: Callable[["_Part"], None]) -> "_Part":
         """What all processes found, their parts in the order of processes."""
-        problem = None
-        try:
+        if self._size == 1:
             work(part)
-        except Exception as error:
-            problem = error
-        if self._size > 1:
-            told = traceback.format_exception(problem) if problem else None
-            parts, failures = zip(*from_all_ranks((_Part(part.round) if problem else part.on_cpu(), told)))
-            part = _Part(part.round, part.what).joined(parts)
-            if problem is None and any(failures):
-                raise RuntimeError("Another process failed:\n" + "".join(next(filter(None, failures))))
-        if problem is not None:
-            raise problem
+        else:
+
+            def mine() -> _Part:
+                work(part)
+                return part.on_cpu()
+
+            part = _Part(part.round, part.what).joined(together(mine))
         self.meter.add(part.down, direction="down", round=part.round, what=part.what)
         self.meter.add(part.up, direction="up", round=part.round, what=part.what)
         return part

@@ -77,6 +77,54 @@ def test_one_answer_for_ever():
     assert not bool(client.answer("t", rows, 200).all())
 
 
+def test_a_client_that_begins_anew_says_the_same(tmp_path):
+    file, rows = tmp_path / "client" / "answers.safetensors", torch.tensor([1, 5])
+    first = RandomisedResponse("a", p_in=0.6, p_out=0.4, file=file)
+    answer, other = first.answer("t", rows, 200), first.answer("other table", rows, 50)
+    again = RandomisedResponse("a", p_in=0.6, p_out=0.4, file=file)
+    assert torch.equal(again.answer("t", torch.tensor([7]), 200), answer)
+    assert torch.equal(again.answer("other table", rows, 50), other)
+    assert not torch.equal(RandomisedResponse("a", p_in=0.6, p_out=0.4).answer("t", rows, 200), answer)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_no_answer_is_given_that_is_not_on_the_disk(tmp_path, monkeypatch):
+    file = tmp_path / "answers.safetensors"
+
+    def full(*paths):
+        raise OSError("the disk is full")
+
+    client = RandomisedResponse("a", file=file)
+    with monkeypatch.context() as context:
+        context.setattr("os.replace", full)
+        with pytest.raises(OSError, match="the disk is full"):
+            client.answer("t", torch.tensor([1]), 200)
+    assert not client.state_dict()["tensors"] and not file.exists()
+    answer = client.answer("t", torch.tensor([1]), 200)
+    assert torch.equal(RandomisedResponse("a", file=file).answer("t", torch.tensor([1]), 200), answer)
+
+
+def test_answers_that_do_not_fit_are_refused(tmp_path):
+    """Made with other probabilities, they would be counted, and paid for, as something that they are not."""
+    file, rows = tmp_path / "answers.safetensors", torch.tensor([1])
+    made = RandomisedResponse("a", p_in=0.75, p_out=0.25, file=file)
+    made.answer("t", rows, 9)
+    options = {"p_in": 0.75, "p_out": 0.25}
+    for client, changes, reason in (
+        ("a", {"p_in": 0.8}, "their p_in is 0.75, not 0.8"),
+        ("a", {"p_out": 0.1}, "their p_out is 0.25, not 0.1"),
+        ("b", {}, "their client is 'a', not 'b'"),
+        ("a", {"simulation": True, "seed": 3}, "their simulation is False, not True"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            RandomisedResponse(client, **(options | changes), file=file)
+        other = RandomisedResponse(client, **(options | changes))
+        with pytest.raises(ValueError, match=reason):
+            other.load_state_dict(made.state_dict())
+        assert not other.state_dict()["tensors"]
+    assert torch.equal(RandomisedResponse("a", **options, file=file).answer("t", rows, 9), made.answer("t", rows, 9))
+
+
 def test_answers_come_from_the_operating_system_unless_it_is_a_simulation():
     def draw(**options):
         return RandomisedResponse("a", p_in=0.6, p_out=0.4, **options).answer("t", torch.tensor([1]), 400)

@@ -258,6 +258,22 @@ def test_old_gradients_are_replayed_with_the_current_rate():
     assert float(algorithm.parameters["x"]) == -0.75 and log.elementwise_gradient_norm == pytest.approx(0.0625)
 
 
+def test_a_gradient_that_is_not_finite_is_refused_by_name():
+    """The server divides by gamma what a client sends, which is finite itself."""
+    ends = []
+    for sends_bad in (True, False):
+        algorithm = FedLaAvg(learning_rate=0.1, memory="server")
+        algorithm.start({"x": torch.zeros(2)}, ["a", "b"])
+        sent = [ClientUpdate("b", 0, {"x": torch.ones(2)}, {}, 1)]
+        bad = ClientUpdate("a", 0, {"x": torch.tensor([3e38, 0.0])}, {}, 1)
+        log = algorithm.aggregate(0, [bad, *sent] if sends_bad else sent)
+        assert log.accepted == list(log.norms) == ["b"]
+        if sends_bad:
+            assert log.rejected == {"a": "its norm is 3e+38, its gradient would not be finite"}
+        ends.append(algorithm)
+    assert_same_state(*ends)
+
+
 def test_warmup_collects_without_moving():
     algorithm, _ = machines("server", warmup_rounds=2)
     for round in range(3):

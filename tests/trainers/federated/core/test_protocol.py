@@ -1,6 +1,7 @@
 """What holds of every algorithm: bad updates, interrupted runs, orders of arrival, and clients that misbehave."""
 
 import copy
+import functools
 import json
 import math
 import random
@@ -142,8 +143,13 @@ def test_the_order_of_arrival_does_not_matter(name, seed):
 
 def changed(update, **changes):
     values = {"client": update.client, "round": update.round, "tensors": dict(update.tensors)}
-    values |= {"rows": update.rows, "num_examples": update.num_examples, "chain": update.chain} | changes
-    return ClientUpdate(**values)
+    values |= {"rows": update.rows, "num_examples": update.num_examples, "chain": update.chain}
+    return ClientUpdate(**(values | {"metrics": update.metrics} | changes))
+
+
+def with_b(make):
+    """Another tensor in the place of "b"."""
+    return lambda update: changed(update, tensors=update.tensors | {"b": make(update.tensors["b"])})
 
 
 def poisoned(value):
@@ -171,13 +177,38 @@ BAD = {
     "chain": (lambda u: changed(u, chain="third"), "no chain 'third'"),
     "rows": (lambda u: changed(u, rows={"b": torch.tensor([9])}), "b: (its rows reach from 9|whole tensors)"),
 }
+MALFORMED = {
+    "sparse rows": (
+        lambda u: changed(u, rows={"b": torch.tensor([1]).to_sparse()}),
+        "b: (its rows are no vector|whole tensors)",
+    ),
+    "rows that are none": (lambda u: changed(u, rows=None), "its rows are None, not by name"),
+    "chain that is a list": (lambda u: changed(u, chain=["mixed"]), r"its chain is \['mixed'\], a name"),
+    "chain that is an object": (lambda u: changed(u, chain={}), r"its chain is \{\}, a name"),
+    "round that is text": (lambda u: changed(u, round="2"), "its round is '2', a whole number"),
+    "round that is a fraction": (lambda u: changed(u, round=2.0), "its round is 2.0, a whole number"),
+    "no metrics": (lambda u: changed(u, metrics=None), "its metrics are None, not by name"),
+    "metrics in a list": (lambda u: changed(u, metrics=[1.0]), r"its metrics are \[1.0\], not by name"),
+    "a metric that is text": (lambda u: changed(u, metrics={"loss": "low"}), "'loss' is 'low', a number"),
+    "a metric that is none": (lambda u: changed(u, metrics={"loss": None}), "'loss' is None, a number"),
+    "a metric without a name": (lambda u: changed(u, metrics={3: 0.5}), "metric 3 is 0.5"),
+    "a metric beyond floats": (lambda u: changed(u, metrics={"n": 10**400}), "'n' is 1000.*a number"),
+    "no tensors": (lambda u: changed(u, tensors=None), "tensors by name are expected, not NoneType"),
+    "sparse": (with_b(torch.Tensor.to_sparse), "b: it is sparse or nested"),
+    "nested": (with_b(lambda b: torch.nested.nested_tensor([b])), "b: it is sparse or nested"),
+    "without values": (with_b(lambda b: b.to("meta")), "b: it has no values, only a shape"),
+}
 
 
-@pytest.mark.parametrize("kind", BAD)
-@pytest.mark.parametrize("name", MAKES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in MAKES for kind in BAD]
+    + [(name, kind) for name in ("FedSubAvg", "FedLaAvg", "WaitForAll", "MCPSGD") for kind in MALFORMED],
+)
 def test_a_bad_update_is_named_and_changes_nothing(name, kind, caplog):
     """The round is as if it had not been sent."""
-    spoil, reason = BAD[kind]
+    spoil, reason = (BAD | MALFORMED)[kind]
     ends = []
     for sends_bad in (True, False):
         algorithm, memories = started(name), {}
@@ -244,21 +275,44 @@ def test_a_third_of_the_clients_misbehave(name, survived):
     survived(faults)
 
 
-def test_a_sum_that_overflows_is_refused_and_the_state_stays():
-    for name in ("FedAvg", "FedSubAvg streaming", "MMPSGD", "FedLaAvg server", "MCPSGD"):
+def test_false_is_no_round():
+    algorithm = started("FedAvg")
+    sent = [changed(trained(algorithm, 0, client, {})[0], round=round) for client, round in zip(CLIENTS, (False, 0))]
+    log = algorithm.aggregate(0, sent)
+    assert log.accepted == CLIENTS[1:2]
+    assert log.rejected == {CLIENTS[0]: "its round is False, a whole number is expected"}
+
+
+def test_a_log_has_the_metrics_of_what_was_accepted():
+    """Not of what came last, nor the examples that a client claims."""
+    for name in MAKES:
+        algorithm, memories = started(name), {}
+        algorithm._num_examples = dict.fromkeys(CLIENTS, 3)
+        first, *rest = (trained(algorithm, 0, client, memories) for client in algorithm.select(0, CLIENTS))
+        again = [changed(update, metrics={"loss": 99.0}) for update in first]
+        first = [changed(update, metrics={"loss": 0.5 if update.chain == "mixed" else 7.0}) for update in first]
+        bad = [poisoned(math.nan)(changed(update, metrics={"loss": 99.0})) for update in rest[0]]
+        log = algorithm.aggregate(0, [*first, *again, *bad])
+        client = first[0].client
+        assert (log.metrics, log.num_examples) == ({client: {"loss": 0.5}}, {client: 3})
+        assert not {"metrics", "num_examples"} & log.to_dict().keys() and log.to_dict()["accepted"] == [client]
+
+
+def test_a_sum_that_overflows_names_the_largest_and_the_state_stays():
+    for name in ("FedAvg", "FedSubAvg streaming", "MMPSGD", "FedLaAvg", "FedLaAvg server", "MCPSGD"):
         algorithm, memories = started(name), {}
         step(algorithm, 0, memories)
         before = copy.deepcopy(algorithm.state_dict())
         huge = torch.finfo(torch.float32).max
-        payload = algorithm.payload(1, CLIENTS[0])
-        assert payload.round == 1
+        large = -0.05 * huge if "FedLaAvg" in name and "server" not in name else 0.05 * huge  # those send gradients
         sent = []
-        for chain in algorithm.chains:
-            tensors = {"table": torch.full((5, 2), huge), "b": torch.full((3,), huge)}
-            sent.append(ClientUpdate(CLIENTS[0], 1, tensors, {}, 1, chain=chain))
+        for client, value in zip(CLIENTS, (large, 1.0)):
+            for chain in algorithm.chains:
+                tensors = {"table": torch.zeros(5, 2), "b": torch.full((3,), value)}
+                sent.append(ClientUpdate(client, 1, tensors, {}, 1, chain=chain))
         algorithm._parameters = {k: torch.full_like(v, huge) for k, v in algorithm._parameters.items()}
         kept = algorithm.parameters
-        with pytest.raises(FloatingPointError, match="Round 1"):
+        with pytest.raises(FloatingPointError, match=r"Round 1: .*largest update: 'user/0', norm 2.947e\+37"):
             algorithm.aggregate(1, sent)
         after = algorithm.state_dict()
         assert after["record"] == before["record"]
@@ -340,18 +394,14 @@ def test_what_was_handed_out_is_never_written_to():
 
 
 def test_an_algorithm_tells_the_arguments_it_was_made_with():
-    robust = {
-        "rule": "mean",
-        "trim": 0.1,
-        "clip_norm": 2.0,
-        "noise_multiplier": 0.0,
-        "simulation": False,
-        "seed": None,
+    plain = FedAvg().options()
+    assert plain == FedAvg(seed=0, weighting="examples").options() == copy.deepcopy(FedAvg()).options()
+    assert {name for name in plain if FedAvg(robust=Robust(clip_norm=2.0)).options()[name] != plain[name]} == {
+        "robust"
     }
-    assert FedAvg().options() == {}
-    assert FedAvg(robust=Robust(clip_norm=2.0)).options() == {"robust": robust}
-    made = FedSubAvg(max_correction=4.0, clients_per_round=3)
-    assert made.options() == copy.deepcopy(made).options() == {"clients_per_round": 3, "max_correction": 4.0}
-    schedule = {"blocks": [0, 0, 1], "starts": []}
-    assert MMPSGD(SCHEDULE, average="tail").options() == {"average": "tail", "schedule": schedule}
-    assert FedLaAvg(learning_rate=math.sqrt).options() == {"learning_rate": "math.sqrt"}
+    made = FedSubAvg(heat={"table": torch.ones(3)}, max_correction=4.0, clients_per_round=3).options()
+    assert (made["max_correction"], made["clients_per_round"]) == (4.0, 3)
+    assert made["heat"] != FedSubAvg(heat={"table": torch.zeros(3)}).options()["heat"]
+    assert MMPSGD(SCHEDULE, average="tail").options()["schedule"] == {"blocks": [0, 0, 1], "starts": []}
+    options = FedLaAvg(learning_rate=functools.partial(max, 0.1)).options()
+    assert json.loads(json.dumps(options)) == options and options["learning_rate"] == "partial"

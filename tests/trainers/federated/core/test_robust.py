@@ -11,12 +11,14 @@ from scipy import stats
 
 from trainers.federated.core import (
     ClientUpdate,
+    FedAdam,
     FedAvg,
     FedSubAvg,
     Robust,
     clip_norm,
     coordinate_median,
     epsilon_spent,
+    estimate_heat,
     trimmed_mean,
 )
 
@@ -26,7 +28,8 @@ from trainers.federated.core import (
 def test_medians_and_trimmed_means_are_numpys_and_scipys(clients, seed, share):
     values = torch.randn(clients, 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     np.testing.assert_allclose(coordinate_median(values).numpy(), np.median(values.numpy(), axis=0), rtol=1e-12)
-    expected = stats.trim_mean(values.numpy(), share, axis=0)
+    at_least_one = 1.5 / clients if share and clients > 2 else 0.0  # scipy rounds down
+    expected = stats.trim_mean(values.numpy(), max(share, at_least_one) if share * clients < 1 else share, axis=0)
     np.testing.assert_allclose(Robust(rule="trimmed_mean", trim=share).centre(values).numpy(), expected, rtol=1e-12)
     assert torch.equal(Robust(rule="median").centre(values), coordinate_median(values))
 
@@ -59,6 +62,30 @@ def test_one_liar_moves_a_mean_and_no_median():
     assert float(round_of(values, Robust(clip_norm=3.0)).norm()) < 3
 
 
+@pytest.mark.parametrize("clients", [3, 9, 10, 25])
+def test_a_trimmed_mean_always_trims_one(clients):
+    """However few the clients are, one liar is not averaged."""
+    values = [[1.0]] * (clients - 1) + [[1e6]]
+    assert float(round_of(values, Robust(rule="trimmed_mean"))) == 1.0
+    assert float(round_of(values, Robust(rule="trimmed_mean", trim=0.0))) > 1e4
+
+
+def test_too_few_to_leave_anybody_out_is_logged():
+    for rule, trim, clients, told in (
+        ("trimmed_mean", 0.1, 2, True),
+        ("trimmed_mean", 0.1, 1, True),
+        ("median", 0.1, 2, True),
+        ("trimmed_mean", 0.1, 3, False),
+        ("trimmed_mean", 0.0, 2, False),
+        ("median", 0.1, 3, False),
+        ("mean", 0.1, 1, False),
+    ):
+        algorithm = FedAvg(weighting="clients", robust=Robust(rule=rule, trim=trim))
+        algorithm.start({"x": torch.zeros(1)}, ["a", "b", "c"])
+        log = algorithm.aggregate(0, [ClientUpdate(c, 0, {"x": torch.ones(1)}, {}, 1) for c in "abc"[:clients]])
+        assert [f"of {clients} it is a plain mean" in event for event in log.events] == [True] * told
+
+
 def test_noise_has_the_deviation_that_is_stated():
     values = [[0.0] * 20_000 for _ in range(4)]
     x = round_of(values, Robust(clip_norm=2.0, noise_multiplier=1.5, simulation=True, seed=0)).double()
@@ -73,13 +100,62 @@ def test_noise_has_the_deviation_that_is_stated():
     assert not torch.equal(one, round_of(values, Robust(clip_norm=2.0, noise_multiplier=1.5)))
 
 
-def test_noise_reaches_rows_that_nobody_sent():
-    """Or it would show which rows were."""
-    rows = {"a": {"t": torch.tensor([0])}, "b": {"t": torch.tensor([1])}}
-    algorithm = FedSubAvg(robust=Robust(clip_norm=1.0, noise_multiplier=1.0, simulation=True, seed=1))
-    algorithm.start({"t": torch.zeros(3, 2)}, ["a", "b"], involvement=rows)
-    algorithm.aggregate(0, [ClientUpdate("a", 0, {"t": torch.ones(1, 2)}, rows["a"], 1)])
+NOISY = Robust(clip_norm=1.0, noise_multiplier=1.0, simulation=True, seed=1)
+GIVEN = {"t": torch.tensor([0.0, 1.0, 1.0, 0.0])}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FedAvg(weighting="clients", robust=NOISY),
+        lambda: FedAdam(weighting="clients", robust=NOISY),
+        lambda: FedSubAvg(heat=GIVEN, robust=NOISY),
+    ],
+    ids=["FedAvg", "FedAdam", "FedSubAvg"],
+)
+def test_noise_reaches_rows_that_nobody_sent_and_none_that_nobody_has(make):
+    """Rows that were not sent would show which were; those of padding are in nobody's involvement, and stay."""
+    rows = {"a": {"t": torch.tensor([1])}, "b": {"t": torch.tensor([2])}}
+    algorithm = make()
+    algorithm.start({"t": torch.zeros(4, 2), "d": torch.zeros(3)}, ["a", "b"], involvement=rows)
+    for round in range(2):
+        sent = {"t": torch.ones(1, 2), "d": torch.zeros(3)}
+        algorithm.aggregate(round, [ClientUpdate("a", round, sent, rows["a"], 1)])
+    table = algorithm.parameters["t"]
+    assert bool((table[[1, 2]] != 0).all()) and bool((table[[0, 3]] == 0).all())
+    assert bool((algorithm.parameters["d"] != 0).all())
+
+
+def test_without_involvement_noise_is_everywhere():
+    algorithm = FedSubAvg(heat=GIVEN, robust=NOISY)
+    algorithm.start({"t": torch.zeros(4, 2)}, ["a", "b"])
+    algorithm.aggregate(0, [ClientUpdate("a", 0, {"t": torch.ones(1, 2)}, {"t": torch.tensor([1])}, 1)])
     assert bool((algorithm.parameters["t"] != 0).all())
+
+
+def released(world, **options):
+    """The average without its noise, where client 0 shares a row with each of the others, or has none of theirs."""
+    clients = [f"c{index}" for index in range(30)]
+    rows = {clients[0]: {"t": torch.arange(1, 30) if world else torch.tensor([0])}}
+    rows |= {client: {"t": torch.tensor([index])} for index, client in enumerate(clients) if index}
+    algorithm = FedSubAvg(**options)
+    algorithm.start({"t": torch.zeros(30, 1)}, clients, involvement=rows)
+    sent = [ClientUpdate(clients[0], 0, {"t": torch.ones(len(rows["c0"]["t"]), 1) * world}, rows["c0"], 1)]
+    sent += [ClientUpdate(c, 0, {"t": torch.full((1, 1), 1 / 30)}, rows[c], 1) for c in clients[1:]]
+    algorithm.aggregate(0, sent)
+    return algorithm.parameters["t"]
+
+
+def test_noise_needs_heat_that_does_not_depend_on_the_clients():
+    """It is scaled to what one client can change: clip_norm / n. With heat that is counted this is exceeded."""
+    clip, heat = Robust(clip_norm=1.0), {"t": torch.full((30,), 2.0)}
+    assert float((released(1, robust=clip) - released(0, robust=clip)).norm()) > 1.5 / 30
+    assert float((released(1, robust=clip, heat=heat) - released(0, robust=clip, heat=heat)).norm()) <= 1.0001 / 30
+    for counted in ("exact", "streaming"):
+        with pytest.raises(ValueError, match=f"noise_multiplier with heat='{counted}': .*depends on everybody's rows"):
+            FedSubAvg(heat=counted, robust=NOISY)
+    answers = estimate_heat(torch.tensor([4, 9]), 10, p_in=0.9, p_out=0.1, floor=2)
+    assert FedSubAvg(heat={"t": answers}, robust=NOISY).robust is NOISY
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainers.federated.core.simulated_clients import assert_same_state
 from trainers.federated.core import ClientUpdate, FedAvg, FedSubAvg, Robust, RoundwiseSubmodelAvg, exact_heat
 
 
@@ -209,6 +210,54 @@ def test_caps_come_after_amplification():
     assert INVOLVEMENT["c3"]["table"].tolist() == [0, 2]
     log = algorithm.aggregate(0, [ClientUpdate("c3", 0, made, INVOLVEMENT["c3"], 1)])
     assert algorithm.parameters["table"][2].tolist() == [3.0, 0.0] and log.norms["c3"] == 1.0
+
+
+LONE = {f"u{index:02}": {"t": torch.tensor([index])} for index in range(20)}  # everybody has one row, of his own
+
+
+def lone_round(values, **options):
+    """A round of clients who own a row each, so that c = 20 of all (streaming: of those who came)."""
+    algorithm = FedSubAvg(**options)
+    streams = options.get("heat") == "streaming"
+    algorithm.start({"t": torch.zeros(20, 1)}, list(LONE), involvement=None if streams else LONE)
+    sent = [ClientUpdate(c, 0, {"t": torch.tensor([[v]])}, LONE[c], 1, {"loss": v}) for c, v in values.items()]
+    return algorithm, algorithm.aggregate(0, sent)
+
+
+@pytest.mark.parametrize("heat", ["exact", "streaming", {"t": torch.ones(20)}], ids=["exact", "streaming", "given"])
+@pytest.mark.parametrize(
+    ("options", "value", "reason"),
+    [
+        ({"max_update_norm": 2.0}, 1.0, "its norm is 20 once it is amplified, at most 2 is allowed"),
+        ({"max_update_norm": 2.0}, 2.5, "its norm is 2.5, at most 2 is allowed"),
+        ({}, 3e38, r"its norm is 3e\+38, and no number once it is amplified"),
+        ({"robust": Robust(clip_norm=1.0)}, 3e38, r"its norm is 3e\+38, and no number once it is amplified"),
+        ({"max_update_norm": 1e39}, 3e38, r"its norm is 3e\+38, and no number once it is amplified"),
+    ],
+)
+def test_what_is_too_large_once_amplified_is_refused_by_name(heat, options, value, reason, caplog):
+    """The round is as if it had not been sent, in the logs, in the parameters and in heat that streams."""
+    if heat == "streaming":  # two came, each with a row of its own: c = 20 / (20 / 2)
+        reason = reason.replace("norm is 20", "norm is 4")
+        value = 2.0 if value == 1.0 else value
+    one, log = lone_round({"u03": value, "u04": 0.01}, heat=heat, **options)
+    assert log.accepted == ["u04"] and list(log.rejected) == ["u03"] and "'u03' rejected" in caplog.text
+    assert re.fullmatch(reason, log.rejected["u03"])
+    assert list(log.norms) == list(log.metrics) == list(log.num_examples) == ["u04"]
+    other, _ = lone_round({"u04": 0.01}, heat=heat, **options)
+    assert_same_state(one, other)
+    assert bool((one.parameters["t"].reshape(-1).nonzero() == 4).all())
+
+
+def test_when_nobody_is_left_the_state_stays():
+    for heat in ("exact", "streaming"):
+        algorithm, log = lone_round({"u03": 3e38, "u04": 3e38}, heat=heat)
+        assert not log.accepted and list(log.rejected) == ["u03", "u04"]
+        assert log.events == ["no update counts: the parameters stay"]
+        fresh, _ = lone_round({}, heat=heat)
+        assert_same_state(algorithm, fresh)
+        algorithm.aggregate(1, [ClientUpdate("u03", 1, {"t": torch.ones(1, 1)}, LONE["u03"], 1)])
+        assert algorithm.parameters["t"][3] != 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainers.federated.core import Upload, UploadError, WireMeter, check_upload, received_upload
 
@@ -33,6 +34,15 @@ CORRUPT = {
     "no tensor": (upload(weight=[1.0]), "weight", "not list"),
     "NaN": (upload(weight=poisoned(math.nan)), "weight", "1 of its 6 values are NaN"),
     "infinity": (upload(weight=poisoned(-math.inf)), "weight", "infinite"),
+    "a sparse tensor": (upload(weight=torch.ones(2, 3).to_sparse()), "weight", "sparse or nested"),
+    "one without values": (upload(weight=torch.ones(2, 3, device="meta")), "weight", "no values"),
+    "a round that is text": (upload(round="4"), None, "its round is '4', a whole number"),
+    "a round that is a fraction": (upload(round=4.0), None, "its round is 4.0, a whole number"),
+    "no tensors at all": (
+        Upload(round=4, sender="u7", tensors=None, num_samples=5),
+        None,
+        "tensors by name are expected, not NoneType",
+    ),
     "an old round": (upload(round=3), None, "round 3, round 4 is being collected"),
     "a future round": (upload(round=5), None, "round 5"),
     "twice": (upload(sender="early"), None, "already"),
@@ -54,6 +64,36 @@ def test_a_corrupt_upload_is_refused_by_name(kind):
     assert (caught.value.sender, caught.value.key) == (bad.sender, key) and repr(bad.sender) in str(caught.value)
     assert key is None or repr(key) in str(caught.value)
     assert seen == {"early"} and all(torch.equal(state[name], EXPECTED[name]) for name in EXPECTED)
+
+
+def test_false_is_no_round():
+    with pytest.raises(UploadError, match="its round is False"):
+        check_upload(upload(round=False), expected=EXPECTED, round=0)
+
+
+def test_values_whose_squares_leave_double_precision():
+    like = {"a": torch.zeros(2, dtype=torch.float64)}
+    for value in (1e155, 1e300):
+        huge = Upload(round=0, sender=1, tensors={"a": torch.full((2,), value, dtype=torch.float64)}, num_samples=1)
+        with pytest.raises(UploadError, match="tensor 'a': its norm is .*, too large"):
+            check_upload(huge, expected=like, round=0)
+
+
+def test_a_sound_tensor_is_looked_at_once():
+    """Engines check thousands of uploads a second."""
+
+    class Calls(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    like = {name: torch.zeros(3, 4) for name in "abc"}
+    sound = Upload(round=0, sender=1, tensors={name: torch.ones(3, 4) for name in like}, num_samples=1)
+    with Calls() as calls:
+        check_upload(sound, expected=like, round=0, max_norm=100.0)
+    assert calls.names == ["linalg_vector_norm.default", "_local_scalar_dense.default"] * 3
 
 
 def test_a_sound_upload_passes():

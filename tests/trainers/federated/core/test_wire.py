@@ -102,3 +102,8 @@ def test_a_payload_that_goes_to_many_is_counted_for_each():
     assert other.state_dict() == meter.state_dict()
     with pytest.raises(ValueError, match="sideways"):
         other.count(1, direction="sideways")
+
+
+def test_metadata_may_be_null():
+    header = b'{"__metadata__":null}'
+    assert unpack(len(header).to_bytes(8, "little") + header) == ({}, {})
