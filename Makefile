@@ -104,9 +104,15 @@ test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the model and Hub tests at th
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(PYTEST_FLAGS) -m "not slow and not gpu and not oldest and not interpreter" $(ARGS) tests/hf_models
 	OLDEST_PYTHON=$(abspath $(OLDEST)/bin/python) $(PYTEST) -m oldest $(ARGS) tests/hub
 
-compatibility: $(INSTALLED)  ## the tables of the cards that say what works with the models, measured anew
-	HF_SIGMA_COMPATIBILITY=model_cards $(PYTEST) $(ARGS) tests/ecosystem
+# Expert, tensor and FSDP2 parallelism is what of transformers' common tests belongs in the tables. Files by name: pytest
+# leaves out what lies below another of its arguments.
+SUITES := $(addprefix tests/transformers_suite/suite_,sigma_moe.py mone.py m_moe.py)
+
+compatibility: $(INSTALLED)  ## what works with which model, measured anew: the tables of the cards, and the page of all
+	HF_SIGMA_COMPATIBILITY=model_cards $(PYTEST) -m "compatibility and not (gpu or oldest or interpreter)" $(ARGS) \
+		$$(grep -rl mark.compatibility tests --include='test_*.py') $(SUITES)
 	for table in model_cards/*/compatibility.json; do $(BIN)/python -m model_cards.build $$(dirname $$table); done
+	$(BIN)/python -m model_cards.matrix
 
 faults: $(INSTALLED)  ## the table of faults in the card of the reliability set, done anew
 	HF_SIGMA_FAULTS=model_cards/reliability $(PYTEST) -m fault $(ARGS) tests/trainers

@@ -1,7 +1,8 @@
 """What the tests found out about a model family and other libraries, in one schema: `compatibility.json`.
 
-`make compatibility` runs `tests/ecosystem`, which writes `model_cards/<method>/compatibility.json` for each family.
-The cards of the method show it as a table, so that no card calls a feature working which no test has tried.
+`make compatibility` runs the tests that carry the mark `compatibility`, which writes
+`model_cards/<card>/compatibility.json` for each family. The card shows it as a table, so that no card calls a feature
+working which no test has tried; [`model_cards.matrix`] puts those of all families on one page.
 """
 
 import json
@@ -19,7 +20,7 @@ from trainers.report import write_text_atomically
 COMPATIBILITY_NAME = "compatibility.json"
 COMMAND = "make compatibility"
 
-Outcome = Literal["passed", "failed", "not tested"]
+Outcome = Literal["passed", "gloo", "failed", "not tested"]
 
 
 class CompatibilityError(ValueError):
@@ -37,7 +38,8 @@ class Row:
         feature (`str`): for people, such as `"Beam search"`; unique in its table.
         library (`str`): distribution name of the library whose feature it is (`"transformers"`).
         version (`str`, *optional*): its version in the test; None where it was not installed.
-        outcome (`str`): `"passed"` if every test of the feature passed, `"failed"` if one failed, else `"not tested"`.
+        outcome (`str`): `"passed"` if every test of the feature passed, `"gloo"` if they did by gloo processes alone,
+            `"failed"` if one failed, else `"not tested"`.
         note (`str`): what a user must know, or why it was not tested.
     """
 
@@ -118,7 +120,7 @@ def _check_row(row: Any, where: str, path: Path) -> None:
     if row["outcome"] not in get_args(Outcome):
         known = list(get_args(Outcome))
         raise CompatibilityError(path, f"field `{where}.outcome` must be one of {known}, got {row['outcome']!r}")
-    if row["outcome"] == "passed" and row["version"] is None:
+    if row["outcome"] in ("passed", "gloo") and row["version"] is None:
         raise CompatibilityError(path, f"field `{where}.version` is null, but the feature passed")
 
 

@@ -5,9 +5,12 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.ecosystem.declarations import MARK, PROPERTY, rows_declared
 
 
 # What a change has to pass must not depend on the draw of the day; `--hypothesis-profile=default` draws anew.
@@ -24,6 +27,18 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
 os.environ["MPLBACKEND"] = "Agg"
+# On some CPUs MKL's sums depend on where tensors lie in memory, and a model that was read from a file lies elsewhere:
+# without this, "the same bits" could not be asked for there. Read when torch first multiplies.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", MARK)
+    folder = os.environ.get("HF_SIGMA_COMPATIBILITY")
+    if folder and not hasattr(config, "workerinput"):  # with xdist only the controller hears of all outcomes
+        from tests.ecosystem.outcomes import CompatibilityReport
+
+        config.pluginmanager.register(CompatibilityReport(Path(folder)))
 
 
 def pytest_unconfigure():
@@ -55,6 +70,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("interpreter"):
             item.fixturenames.insert(0, "interpreter")
+        if rows := rows_declared(item):
+            item.user_properties.append((PROPERTY, rows))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ TRAINER_FLOORS = {
             ("data", "redaction", "report", "figures", "evaluation"),
             ("losses", "optimizers", "callbacks", "reliability"),
             ("device_cloud", "federated"),
-            ("recipes", "benchmarks", "plan"),
+            ("recipes", "benchmarks", "planning", "plan", "__main__"),
         )
     )
     for unit in row

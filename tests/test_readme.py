@@ -34,7 +34,7 @@ from trainers.report import read_results
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LOAD, TRAIN, MONE, M_MOE, GROWTH, M3BERT, DOT_CBM, *_, RELIABILITY, MSIGN, KERNELS = EXAMPLES
+LOAD, TRAIN, MONE, M_MOE, GROWTH, M3BERT, DOT_CBM, *_, RELIABILITY, MSIGN, GROW_ON, FEDERATED, KERNELS = EXAMPLES
 
 
 def test_the_load_example_generates(tmp_path, monkeypatch, capsys):

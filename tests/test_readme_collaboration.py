@@ -13,8 +13,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from tests.test_readme import README, measured
+from tests.test_readme import README, ROOT, measured
 from trainers.data import CtrRows, draw_drifted_clicks
+from trainers.report import read_results
 
 
 SECTION = README.split("## Devices and a cloud")[1].split("## Runs that do not die")[0]
@@ -149,3 +150,32 @@ def test_the_numbers_of_block_cyclic_are_those_of_the_committed_results():
     assert f"each block alone has {percent['separate']}, which is better" in MEASURED
     assert [other.verdict for other in others.values()] == ["null", "holds", "fails"]
     assert 2.9 < sent.value / sent.baseline["mm_psgd"].value < 3.1
+
+
+def test_the_numbers_of_fed_la_avg_are_those_of_the_committed_results():
+    metrics = measured("fed_la_avg")
+    accuracy, span, rounds, deep = (
+        metrics[name]
+        for name in ("convex_accuracy", "convex_accuracy_range", "convex_rounds_to_target", "nonconvex_accuracy")
+    )
+    others = [accuracy.baseline[name] for name in ("fed_avg", "mifa")]
+    ours, average, mifa = (f"{100 * metric.value:.1f} %" for metric in (accuracy, *others))
+    assert f"FedLaAvg is right on {ours}, FedAvg on {average} (not resolved) and MIFA on {mifa}, which is" in MEASURED
+    of_fed_avg = [metric.baseline["fed_avg"] for metric in (span, rounds, deep)]
+    assert f"lie {100 * span.value:.1f} points for FedLaAvg and {100 * of_fed_avg[0].value:.1f} for FedAvg" in MEASURED
+    assert f"from round {rounds.value:.0f} on, FedAvg from round {of_fed_avg[1].value:.0f} of 320 on" in MEASURED
+    assert f"({100 * deep.value:.1f} % against {100 * of_fed_avg[2].value:.1f} % with FedAvg)" in MEASURED
+    assert [other.verdict for other in others] == ["null", "fails"]
+    assert [other.verdict for other in of_fed_avg] == ["holds", "holds", "null"]
+
+
+def test_the_numbers_of_fed_sub_avg_are_those_of_the_committed_results():
+    results = read_results(ROOT / "model_cards" / "fed_sub_avg")
+    auc = results.metrics["lr_auc"]
+    others = [auc.baseline[name] for name in ("fed_avg", "fed_adam", "roundwise")]
+    average, adam, roundwise = (f"{other.value:.3f}" for other in others)
+    assert f"at an AUC of {auc.value:.3f} on later ratings, FedAvg at {average} (not resolved)" in MEASURED
+    assert f"FedAdam has {adam} and the average over those users of a round who have the row {roundwise}" in MEASURED
+    assert [other.verdict for other in others] == ["null", "fails", "fails"]
+    rates = dict(results.evidence["learning_rate_chosen"]["lr"])
+    assert (rates.pop("fed_sub_avg"), min(rates.values()), max(rates.values())) == (0.01, 0.3, 1.0)

@@ -9,6 +9,8 @@ from transformers.modeling_outputs import ModelOutput
 @dataclass
 class CtrModelOutput(ModelOutput):
     r"""
+    What a [`CtrModel`] makes of its features.
+
     last_hidden_state (`torch.FloatTensor` of shape `(batch, hidden_sizes[-1])`):
         Of the MLP; `None` where there is none.
     shallow_logits (`torch.FloatTensor` of shape `(batch,)`):
@@ -28,6 +30,8 @@ class CtrModelOutput(ModelOutput):
 @dataclass
 class CtrOutput(ModelOutput):
     r"""
+    A prediction: logits of a click, and the loss of known ones.
+
     loss (`torch.FloatTensor`):
         Weighted mean of the binary cross-entropy with the labels.
     logits (`torch.FloatTensor` of shape `(batch,)`):

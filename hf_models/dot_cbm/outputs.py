@@ -9,6 +9,8 @@ from transformers.modeling_outputs import ModelOutput
 @dataclass
 class DotCbmModelOutput(ModelOutput):
     r"""
+    Concepts of images, and the plan and the maps behind them.
+
     concept_logits (`torch.FloatTensor` of shape `(batch, concepts)`):
         Of the M concepts; `None` for a linear probe.
     transport_plan, concept_maps (`torch.FloatTensor` of shape `(batch, patches, concepts)`):
@@ -46,6 +48,8 @@ class DotCbmModelOutput(ModelOutput):
 @dataclass
 class DotCbmOutput(ModelOutput):
     r"""
+    Classes of images, and the concepts that they were predicted from.
+
     loss (`torch.FloatTensor`), losses (`dict[str, torch.FloatTensor]`):
         The objective of the stage, and its terms without their weights and gradient: `"concept"`, `"vop"`, `"top"`,
         `"class"`, as far as labels were there to compute them.

@@ -34,7 +34,8 @@ _LEAST = 1e-2  # of alpha and beta: below it Beta's mass sits on 0 and 1 in floa
 
 @dataclasses.dataclass(frozen=True)
 class UserDistributionConfig:
-    """
+    """The design of a [`UserDistribution`]: public, and the same for all users.
+
     Args:
         hidden_size, num_tokens: an embedding is `(num_tokens, hidden_size)`.
         design: `"gaussian"`, `"beta"` or `"mixture"`.

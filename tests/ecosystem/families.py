@@ -8,14 +8,21 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 import hf_models  # noqa: F401  (registers the families)
+from hf_models.dc_ccl import DcCclConfig, DcCclForCausalLM
+from hf_models.m3bert import M3BertForMaskedLM
 from hf_models.moe import MMoeConfig, MoneConfig, SigmaMoeConfig
-from tests.hf_models.dot_cbm.tiny_dot_cbm import tiny
+from hf_models.personal_lm import PersonalLmConfig, PersonalLmForCausalLM
+from tests.hf_models.ctr import tiny_ctr
+from tests.hf_models.dc_ccl import tiny_dc_ccl
+from tests.hf_models.dot_cbm.tiny_dot_cbm import images, tiny
+from tests.hf_models.m3bert import tiny_m3bert
+from tests.hf_models.personal_lm import tiny_personal_lm
 from trainers.callbacks import MatryoshkaExpertsCallback, ProgressiveSparsificationCallback
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family whose compatibility table is `model_cards/<method>/compatibility.json`."""
+    """A family with a compatibility table; its model type, as in `model_cards.matrix.MODELS`."""
 
     method: str
 
@@ -61,6 +68,22 @@ class ImageClassifier(Family):
 
     model: Callable[..., PreTrainedModel]
     attention: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclass(frozen=True)
+class TextWriter(Family):
+    """A causal language model around models of other families; `model(**fields)`: a tiny one in evaluation mode, its
+    vocabulary and special tokens overridden by keyword."""
+
+    model: Callable[..., PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Learner(Family):
+    """What a plain Trainer trains: `model()`, a tiny one, on `rows()`, examples with labels."""
+
+    model: Callable[[], PreTrainedModel]
+    rows: Callable[[], list[dict[str, torch.Tensor]]]
 
 
 def fields_of(**overrides: Any) -> dict[str, Any]:
@@ -130,3 +153,51 @@ CAUSAL_LMS = [
     ),
 ]
 IMAGE_CLASSIFIERS = [ImageClassifier(method="dot_cbm", model=tiny)]
+
+
+def dc_ccl_writer(**fields: Any) -> DcCclForCausalLM:
+    torch.manual_seed(0)
+    submodels = {name: config | fields for name, config in tiny_dc_ccl.LANGUAGE_MODELS.items()}
+    return DcCclForCausalLM(DcCclConfig(**submodels)).eval()
+
+
+def personal_writer(**fields: Any) -> PersonalLmForCausalLM:
+    torch.manual_seed(0)
+    base = tiny_personal_lm.base_config("llama") | {"initializer_range": 0.3} | fields
+    return PersonalLmForCausalLM(PersonalLmConfig(task="causal_lm", num_user_tokens=2, base_config=base)).eval()
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+
+
+def personal_rows() -> list[dict[str, torch.Tensor]]:
+    batch = tiny_personal_lm.texts("right")
+    return rows_of(batch | {"user_embeds": tiny_personal_lm.draws(2, 2), "labels": batch["input_ids"]})
+
+
+TEXT_WRITERS = [
+    TextWriter(method="dc_ccl", model=dc_ccl_writer),
+    TextWriter(method="personal_lm", model=personal_writer),
+]
+LEARNERS = [
+    Learner(
+        method="m3bert",
+        model=lambda: tiny_m3bert.tiny(M3BertForMaskedLM),
+        rows=lambda: rows_of(
+            {"input_ids": tiny_m3bert.IDS, "attention_mask": tiny_m3bert.MASK, "labels": tiny_m3bert.IDS}
+        ),
+    ),
+    Learner(
+        method="dot_cbm",
+        model=lambda: tiny(training_stage="class"),
+        rows=lambda: rows_of({"pixel_values": images(), "labels": torch.arange(3)}),
+    ),
+    Learner(method="ctr", model=tiny_ctr.tiny, rows=lambda: rows_of(tiny_ctr.batch())),
+    Learner(
+        method="dc_ccl",
+        model=tiny_dc_ccl.tiny,
+        rows=lambda: rows_of({"pixel_values": tiny_dc_ccl.images(), "labels": tiny_dc_ccl.LABELS}),
+    ),
+    Learner(method="personal_lm", model=tiny_personal_lm.language_model, rows=personal_rows),
+]

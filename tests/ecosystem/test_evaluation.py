@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.ecosystem.families import CAUSAL_LMS, TEXT_WRITERS
+
 
 QUESTIONS = [
     {"question": f"def add_{n}(x):\n    return x +", "choices": [f" {n}", f" {n + 1}", " y", " x"], "answer": n % 4}
@@ -78,6 +80,11 @@ def expected_results(model, tokenizer):
     return choices, sum(hits) / len(hits), bits
 
 
+@pytest.mark.parametrize(
+    "family",
+    [*CAUSAL_LMS, *(pytest.param(family, marks=pytest.mark.slow) for family in TEXT_WRITERS)],
+    ids=lambda family: family.method,
+)
 @pytest.mark.compatibility("lm-eval's `hf` model", library="lm-eval")
 def test_likelihoods_are_those_of_a_plain_forward(lm_eval, tasks, family, text_fields, tokenizer):
     from lm_eval.models.huggingface import HFLM

@@ -50,6 +50,31 @@ def ragged_prompts(rows=(9, 6), vocabulary=40):
     return ids * mask, mask
 
 
+# --- one forward -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@compatible("Attention: eager and SDPA")
+def test_attention_backends_agree(family):
+    model, (ids, mask) = family.model(**family.sliding_window or {}), ragged_prompts()
+    found = []
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        found.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@compatible("Padding")
+def test_padding_on_either_side_changes_no_token(family):
+    model, (ids, mask) = family.model(), ragged_prompts()
+    alone = model(ids[1:, mask[1].bool()]).logits[0]
+    left = model(ids, attention_mask=mask).logits[1, mask[1].bool()]
+    right = model(ids.roll(-3, 1), attention_mask=mask.flip(-1)).logits[1, : len(alone)]
+    torch.testing.assert_close(left, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(right, alone, rtol=1e-4, atol=1e-4)
+
+
 # --- the pipeline ----------------------------------------------------------------------------------------------------
 
 

@@ -89,7 +89,7 @@ def test_training_in_bf16_learns_and_keeps_weights_and_routers_in_fp32(family, t
         dtype = {(out[0] if router else out).dtype for out in outputs}
         assert dtype == {torch.float32 if router else torch.bfloat16}, name
     full = losses(train(family.model(), tmp_path))
-    torch.testing.assert_close(torch.tensor(history), torch.tensor(full), rtol=0.02, atol=0)
+    torch.testing.assert_close(torch.tensor(history), torch.tensor(full), rtol=0.05, atol=0)
 
 
 @pytest.mark.compatibility("bf16 inference", library="transformers")

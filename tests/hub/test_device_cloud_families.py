@@ -129,6 +129,12 @@ def test_a_device_package_holds_nothing_of_the_cloud(pushed):
     assert "cloud_config" not in (folder / "dc-ccl-device" / "config.json").read_text()
 
 
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method=["ctr", "dc_ccl", "personal_lm"],
+    library="huggingface-hub",
+    note="with a Hub on the loopback interface",
+)
 def test_with_the_package_nobody_needs_to_trust_code(pushed, tmp_path):
     hub, folder, models = pushed
     options = {"home": tmp_path, "token": None, "cwd": ROOT, "env": {"PYTHONPATH": str(ROOT)}}
@@ -136,6 +142,13 @@ def test_with_the_package_nobody_needs_to_trust_code(pushed, tmp_path):
 
 
 @pytest.mark.parametrize("reader", ["newest", pytest.param("oldest", marks=pytest.mark.oldest)])
+@pytest.mark.compatibility("Remote code, without this package", method=["ctr", "dc_ccl", "personal_lm"])
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method=["ctr", "dc_ccl", "personal_lm"],
+    library="huggingface-hub",
+    note="with a Hub on the loopback interface",
+)
 def test_without_it_the_repositories_bring_their_code(pushed, tmp_path, reader):
     hub, folder, models = pushed
     (tmp_path / "empty").mkdir()

@@ -156,6 +156,13 @@ def assert_a_stranger_has_it_all(hub, kind, repo, run, folder, python):
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.compatibility("Remote code, without this package", method="m3bert")
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method="m3bert",
+    library="huggingface-hub",
+    note="with a Hub on the loopback interface",
+)
 def test_a_stranger_has_what_a_user_of_the_package_has(hub, kind, tmp_path, reader):
     repo = f"alice/{kind}-{reader}".replace(" ", "-")
     run = publish(hub, kind, tmp_path, repo, PYTHONS["newest"])

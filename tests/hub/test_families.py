@@ -27,6 +27,22 @@ def name(request):
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.compatibility("Remote code, without this package", method="mone", only={"name": "mone"})
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method="mone",
+    library="huggingface-hub",
+    only={"name": "mone"},
+    note="with a Hub on the loopback interface",
+)
+@pytest.mark.compatibility("Remote code, without this package", method="m_moe", only={"name": "m_moe"})
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method="m_moe",
+    library="huggingface-hub",
+    only={"name": "m_moe"},
+    note="with a Hub on the loopback interface",
+)
 def test_a_stranger_has_what_a_user_of_the_package_has(hub, name, tmp_path, reader):
     family, run, repo = HUB_FAMILIES[name], tmp_path / "run", f"alice/{name}-{reader}".replace(" ", "-")
     family.write_run(run)

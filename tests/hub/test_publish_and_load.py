@@ -301,6 +301,13 @@ def stranger(hub, published, tmp_path_factory):
 
 
 @pytest.mark.parametrize("reader", READERS)
+@pytest.mark.compatibility("Remote code, without this package", method="sigma_moe")
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method="sigma_moe",
+    library="huggingface-hub",
+    note="with a Hub on the loopback interface",
+)
 def test_a_stranger_has_what_a_user_of_the_package_has(run, stranger, reader):
     folder, report, tensors = stranger(reader)
     assert_alike(report, tensors, run)

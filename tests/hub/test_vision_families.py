@@ -117,6 +117,12 @@ def test_a_push_holds_the_model_its_code_and_its_image_processor_and_a_second_on
     assert len(changes) == 2  # the model, the processor
 
 
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method="dot_cbm",
+    library="huggingface-hub",
+    note="with a Hub on the loopback interface",
+)
 def test_with_the_package_nobody_needs_to_trust_code(pushed, tmp_path):
     hub, _, folder = pushed
     arguments = [REPO, str(folder / "picture.png")]
@@ -132,6 +138,13 @@ def test_with_the_package_nobody_needs_to_trust_code(pushed, tmp_path):
 
 
 @pytest.mark.parametrize("reader", ["newest", pytest.param("oldest", marks=pytest.mark.oldest)])
+@pytest.mark.compatibility("Remote code, without this package", method="dot_cbm")
+@pytest.mark.compatibility(
+    "Pushed and pulled by its id",
+    method="dot_cbm",
+    library="huggingface-hub",
+    note="with a Hub on the loopback interface",
+)
 def test_without_it_the_repository_brings_all_that_a_pipeline_needs(pushed, tmp_path, reader):
     hub, _, folder = pushed
     (tmp_path / "empty").mkdir()

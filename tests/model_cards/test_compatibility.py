@@ -23,13 +23,16 @@ from model_cards.compatibility import (
     write_compatibility,
 )
 from model_cards.markdown import split_fences
-from tests.ecosystem.outcomes import PROPERTY, CompatibilityReport
+from model_cards.matrix import CARDS
+from tests.ecosystem.declarations import PROPERTY, SUITE_ROWS, SUITES, rows_declared
+from tests.ecosystem.outcomes import GLOO, CompatibilityReport
 from tests.forked import run_python
 from tests.model_cards.test_build import INERT, make_run, structure
 
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = sorted((ROOT / "model_cards").glob("*/compatibility.json"))
+MARKED = "compatibility and not (gpu or oldest or interpreter)"
 
 
 def make_table(**changes) -> Compatibility:
@@ -131,8 +134,9 @@ def test_a_bad_table_is_an_error_of_the_command_line(run, capsys):
 # --- from outcomes to rows -------------------------------------------------------------------------------------------
 
 
-def report(name, outcome, *, when="call", feature="F", library="transformers", note="", reason="because"):
+def report(name, outcome, *, when="call", reason="because", **declared):
     """What pytest, or a worker of xdist, reports of one phase of a test."""
+    row = {"method": "m", "feature": "F", "library": "transformers", "note": "", "gloo": False} | declared
     return SimpleNamespace(
         nodeid=f"tests/ecosystem/test_x.py::{name}",
         when=when,
@@ -140,7 +144,7 @@ def report(name, outcome, *, when="call", feature="F", library="transformers", n
         failed=outcome == "failed",
         skipped=outcome == "skipped",
         longrepr=("file", 1, f"Skipped: {reason}") if outcome == "skipped" else None,
-        user_properties=[(PROPERTY, {"method": "m", "feature": feature, "library": library, "note": note})],
+        user_properties=[(PROPERTY, [row])],
     )
 
 
@@ -184,6 +188,68 @@ def test_a_library_that_is_not_installed_has_no_version(tmp_path):
     assert row.version is None
 
 
+def test_what_only_gloo_processes_showed_is_called_so(tmp_path):
+    [row] = rows_of(tmp_path, report("a", "passed", gloo=True), report("b", "passed", gloo=True, note="but"))
+    assert (row.outcome, row.note) == ("gloo", f"but; {GLOO}")
+    [row] = rows_of(tmp_path, report("a", "passed", gloo=True), report("b", "passed"))
+    assert row.outcome == "passed"
+    [row] = rows_of(tmp_path, report("a", "passed", gloo=True), report("b", "failed", gloo=True))
+    assert row.outcome == "failed"
+
+
+def test_a_model_whose_card_has_another_name_has_its_table_beside_that_card(tmp_path):
+    plugin = CompatibilityReport(tmp_path)
+    plugin.pytest_runtest_logreport(report("a", "passed", method="ctr"))
+    plugin.pytest_sessionfinish()
+    assert [row.feature for row in read_compatibility(tmp_path / CARDS["ctr"]).rows] == ["F"]
+
+
+# --- from marks to declarations --------------------------------------------------------------------------------------
+
+
+def item(*marks, **parameters):
+    return SimpleNamespace(
+        nodeid="t.py::t",
+        iter_markers=lambda name: [each.mark for each in marks],
+        callspec=SimpleNamespace(params=parameters),
+    )
+
+
+def test_a_mark_declares_a_row_of_each_of_its_methods():
+    mark = pytest.mark.compatibility
+    found = rows_declared(
+        item(mark("F", method=["a", "b"], gloo=True), mark("G", library="peft", method="a", note="n"))
+    )
+    assert [(row["method"], row["feature"], row["library"]) for row in found] == [
+        ("a", "F", "transformers"),
+        ("b", "F", "transformers"),
+        ("a", "G", "peft"),
+    ]
+    assert [(row["note"], row["gloo"]) for row in found] == [("", True), ("", True), ("n", False)]
+    (row,) = rows_declared(item(mark("F"), family=SimpleNamespace(method="c")))
+    assert row["method"] == "c"
+
+
+def test_only_names_the_parameters_under_which_it_declares():
+    mark = pytest.mark.compatibility("F", method="a", only={"kind": "x"})
+    assert len(rows_declared(item(mark, kind="x", other=1))) == 1 and rows_declared(item(mark, kind="y")) == []
+    assert rows_declared(item(kind="x")) == []
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        (pytest.mark.compatibility("F"), "needs `method`"),
+        (pytest.mark.compatibility(method="a"), "the mark is"),
+        (pytest.mark.compatibility("F", method="a", only={"kind": 1}), "the mark is"),
+        (pytest.mark.compatibility("F", method="a", family="b"), "the mark is"),
+    ],
+)
+def test_a_mark_that_says_too_little_or_too_much_is_refused(mark, message):
+    with pytest.raises(pytest.UsageError, match=message):
+        rows_declared(item(mark))
+
+
 # --- what is committed -----------------------------------------------------------------------------------------------
 
 
@@ -191,7 +257,9 @@ def test_a_library_that_is_not_installed_has_no_version(tmp_path):
 def declared(tmp_path_factory):
     """Folder with the table of each family as its tests declare it."""
     folder = tmp_path_factory.mktemp("declared")
-    command = ["-m", "pytest", "tests/ecosystem", "--collect-only", "-p", "no:cacheprovider"]
+    # Only those that carry the mark: collecting all takes many times as long.
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if "mark.compatibility" in file.read_text()]
+    command = ["-m", "pytest", "-m", MARKED, "--collect-only", "-p", "no:cacheprovider", *map(str, sorted(files))]
     environment = os.environ | {"HF_SIGMA_COMPATIBILITY": str(folder)}
     for name in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[name]  # what this worker of xdist is told is not meant for the other pytest
@@ -207,7 +275,14 @@ def test_the_committed_table_has_a_row_for_every_feature_that_the_tests_declare(
     if tested != installed:
         pytest.skip("the libraries are not those of the table, and what there is to test depends on them")
     committed, expected = ([(row.library, row.feature) for row in table.rows] for table in tables)
-    assert committed == expected, f"run `{COMMAND}`"
+    # transformers' common tests, which are fetched from the package index, declare these.
+    suites = {("torch", feature) for feature in SUITE_ROWS if file.parent.name in SUITES.values()}
+    assert [row for row in committed if row in expected] == expected, f"run `{COMMAND}`"
+    assert set(committed) - set(expected) <= suites, f"run `{COMMAND}`"
+
+
+def test_the_command_runs_the_tests_with_the_mark():
+    assert f'-m "{MARKED}"' in (ROOT / "Makefile").read_text()
 
 
 def test_every_family_of_the_tests_has_a_committed_table(declared):

@@ -1,5 +1,9 @@
+import re
 import sys
 
+import pytest
+
+from tests.ecosystem.declarations import SUITE_ROWS, SUITES
 from tests.transformers_suite.archive import unpack
 
 
@@ -25,6 +29,15 @@ FOREIGN_MARKERS = """
 def pytest_configure(config):
     for name in FOREIGN_MARKERS:
         config.addinivalue_line("markers", f"{name}: transformers' own")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the marks are read
+def pytest_collection_modifyitems(items):
+    for item in items:
+        method = SUITES.get(item.cls.__name__) if item.cls else None
+        for feature, names in SUITE_ROWS.items():
+            if method and re.fullmatch(names, item.name):
+                item.add_marker(pytest.mark.compatibility(feature, library="torch", method=method, gloo=True))
 
 
 # Otherwise each is a list of built-in model types, and every other model's distributed tests skip.

@@ -93,6 +93,12 @@ def beside_kernels(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["local", "get"])
+@pytest.mark.compatibility(
+    "The expert layer as a Hub kernel",
+    method=["sigma_moe", "mone", "m_moe"],
+    library="hf-sigma",
+    note="by the library kernels 0.17, in an environment of its own",
+)
 def test_the_kernels_library_loads_the_same_functions_beside_the_package(beside_kernels, how, tmp_path):
     interpreter, path = beside_kernels
     folder = exported(tmp_path / "kernel", "cpu")

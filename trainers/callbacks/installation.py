@@ -19,6 +19,16 @@ def install_callbacks(trainer: Trainer, *callbacks: TrainerCallback) -> None:
         callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
+def require_steps(trainer: Trainer, what: str, instead: str) -> None:
+    """`ValueError` for a trainer whose steps are rounds of clients' steps, such as `FederatedTrainer`: `what` would
+    wait there for steps, loaders or checkpoints that never come. `instead`: what to do."""
+    # By what it can do, not by its class: trainers.federated stands above this package.
+    if hasattr(trainer, "close_round"):
+        raise ValueError(
+            f"{what} has nothing to work on in a {type(trainer).__name__}, whose steps are rounds. {instead}"
+        )
+
+
 def routed_model(model: torch.nn.Module) -> PreTrainedModel:
     """The outermost Sigma-MoE model inside `model` (PEFT and other wrappers allowed). `TypeError` if there is none."""
     for module in model.modules():

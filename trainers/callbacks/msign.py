@@ -30,7 +30,8 @@ class MSignCallback(TrainerCallback):
         events: where events go; `None`: the run's output folder, written by the first process.
 
     Raises, when training begins:
-        ValueError: no targets, flattened shards, or DeepSpeed, which keeps weights of its own.
+        ValueError: no targets, flattened shards, or DeepSpeed, which keeps weights of its own; after the first step,
+            a trainer that tells callbacks of no optimizer's steps, as `FederatedTrainer`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MSignCallback(TrainerCallback):
         self.last_report: dict[str, MatrixReport] = {}
         self._selected = []
         self._unlogged = False
+        self._heard = False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if getattr(args, "deepspeed", None):
@@ -72,6 +74,7 @@ class MSignCallback(TrainerCallback):
         self.events = self.events or EventLog(args.output_dir, rank=args.process_index)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self._heard = True
         step = state.global_step + 1  # the trainer counts it later
         if getattr(optimizer, "step_was_skipped", False):
             return
@@ -84,6 +87,13 @@ class MSignCallback(TrainerCallback):
             restored = any(report.restored for report in self.last_report.values())
             action = "restore" if restored else "none"
             self.events.record("msign", step=step, action=action, evidence={"matrices": evidence})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._heard:
+            raise ValueError(
+                "MSignCallback was told of no optimizer's step: clients of a FederatedTrainer take their own. Leave "
+                "it out."
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in (logs or {}) or not self._unlogged:

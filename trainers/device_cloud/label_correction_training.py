@@ -10,7 +10,7 @@ from datasets.fingerprint import Hasher
 from transformers import Trainer, TrainerCallback, default_data_collator
 from transformers.utils import logging
 
-from ..callbacks.installation import add_to_log, install_callbacks
+from ..callbacks.installation import add_to_log, install_callbacks, require_steps
 from .label_correction import (
     LABEL_METHODS,
     LabelCorrectionError,
@@ -24,6 +24,11 @@ from .label_correction import (
 logger = logging.get_logger(__name__)
 
 FINGERPRINT = "label-corrected-"
+# What to do with clients, whose rows are theirs before anything is installed.
+FOR_CLIENTS = (
+    "Let the clients' rows be collated by a LabelCorrectionCollator: train_dataset=ClientRows(data, 'user', collate="
+    "LabelCorrectionCollator.of_dataset(data, p_ref, group_column='user')). Evaluation keeps data_collator=."
+)
 LABEL_NAMES = ("labels", "label")
 
 
@@ -72,7 +77,9 @@ class LabelCorrectionCallback(TrainerCallback):
         Raises:
             LabelCorrectionError: the set was corrected before, its labels are integers, the model's head would cast
                 them to integers, or the set is no `datasets.Dataset`.
+            ValueError: a `FederatedTrainer`, whose clients have their rows already.
         """
+        require_steps(trainer, "LabelCorrectionCallback", FOR_CLIENTS)
         data = trainer.train_dataset
         if not isinstance(data, Dataset):
             raise LabelCorrectionError(
@@ -185,8 +192,10 @@ class LabelCorrectionCollator:
 
         Raises:
             LabelCorrectionError: it has one already, or the head of the model would cast labels to integers.
-            ValueError: the trainer would remove the column of the groups.
+            ValueError: the trainer would remove the column of the groups; a `FederatedTrainer`, whose clients have
+                their rows already.
         """
+        require_steps(trainer, "LabelCorrectionCollator.install", FOR_CLIENTS)
         require_head_of_floats(trainer.model)
         if isinstance(trainer.data_collator, LabelCorrectionCollator) or "get_train_dataloader" in vars(trainer):
             raise LabelCorrectionError("The trainer corrects labels already, or its training loader is replaced.")
@@ -205,8 +214,13 @@ class LabelCorrectionCollator:
         trainer.get_train_dataloader = get_train_dataloader
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The batch of `rows`, which stay as they are. `LabelCorrectionError` for labels that are not floats 0 or
-        1."""
+        """The batch of `rows`, which stay as they are. `LabelCorrectionError` for labels that are not floats 0 or 1,
+        and for a batch in the place of rows."""
+        if isinstance(rows, Mapping):
+            raise LabelCorrectionError(
+                "The data set gives whole batches, as CtrRows does, where rows are expected: correct its columns "
+                "beforehand, CtrRows(rows.tensors | correction.targets(labels, rows.users)._asdict(), rows.users)."
+            )
         return (self.collator or default_data_collator)([self._corrected(dict(row)) for row in rows])
 
     def _corrected(self, row: dict[str, Any]) -> dict[str, Any]:

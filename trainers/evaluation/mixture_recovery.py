@@ -18,7 +18,8 @@ from .privacy import attribution_accuracy
 
 @dataclass(frozen=True)
 class Recovery:
-    """
+    """What pooled uploads betray of the users' own distributions.
+
     Args:
         error: root mean square distance of the matched means from the users' own.
         error_of_one_mean: the same, had the attacker named the mean of all uploads for everybody.

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_models.personal_lm import SimulatedNoise, UserDistribution, UserDistributionConfig
 
@@ -52,6 +52,7 @@ from .anonymous_study import (
     volunteer_settings,
 )
 from .arguments import training_arguments_of
+from .training import build_trainer, train
 
 
 USER_FILE = "users.safetensors"  # private, and never at the top of a run folder, where it would be taken for weights
@@ -143,7 +144,7 @@ def _train(study, model, collator, steps, learning_rate, seed, folder: Path, *, 
         eval_strategy="no",
     )
     rows = study.data.train if rows is None else rows
-    Trainer(model, args, train_dataset=rows, data_collator=collator).train()
+    train(build_trainer(model, args, train_dataset=rows, data_collator=collator), None)
 
 
 def _static(study: Study, seed: int, learning_rate: float, folder: Path, *, only: int | None = None):

@@ -44,7 +44,8 @@ class DataArguments:
 
 @dataclasses.dataclass
 class RecipeTrainingArguments(TrainingArguments):
-    """`TrainingArguments`, and what every recipe has beyond: MSign around the optimizer, and the reliability suite."""
+    """`TrainingArguments`, and what every recipe has beyond: MSign around the optimizer, and the reliability suite.
+    Where one of them cannot act, the recipe refuses it, see [`refuse_options`]."""
 
     optimizer: Literal["base", "msign"] = dataclasses.field(
         default="base", metadata={"help": "base: what --optim names, alone; msign: MSign around it."}
@@ -124,6 +125,16 @@ def _read_file(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     if not isinstance(values, dict):
         parser.error(f"--config {path} holds a {type(values).__name__}; it must map option names to values.")
     return values
+
+
+def refuse_options(args: RecipeTrainingArguments, *names: str, because: str) -> None:
+    """`SystemExit` with `because` if one of the options `names` was set to another value than its default: what would
+    silently change nothing is refused."""
+    defaults = {field.name: field.default for field in dataclasses.fields(RecipeTrainingArguments)}
+    # Recipes are also called with plain TrainingArguments, which have none of them.
+    given = {name: getattr(args, name, defaults[name]) for name in names}
+    if asked := [f"--{name} {value}" for name, value in given.items() if value != defaults[name]]:
+        raise SystemExit(f"{', '.join(asked)}: {because}")
 
 
 def training_arguments_of(base: TrainingArguments, **changes: Any) -> TrainingArguments:

@@ -48,7 +48,7 @@ from ..report import (
     summarise,
     write_results,
 )
-from .arguments import RecipeTrainingArguments, parse_arguments, training_arguments_of
+from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .collaboration_text import REQUESTS, WRITERS, compare_writers
 from .comparison import against_baselines, wall_seconds_so_far
 from .dc_ccl_tasks import TASKS, Images, divide
@@ -370,6 +370,13 @@ def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     types = (CollaborationArguments, RecipeTrainingArguments)
     preset, (args, training_args) = parse_arguments(types, PRESETS, argv, default_preset="demo")
+    refuse_options(
+        training_args,
+        "optimizer",
+        "reliability",
+        because="both sides train in short runs of their own, with the optimizer that --optim names, and rounds are "
+        "kept by the recipe. Leave it out.",
+    )
     train(preset, args, training_args)
 
 

@@ -51,7 +51,7 @@ from ..report import (
     write_results,
     write_text_atomically,
 )
-from .arguments import RecipeTrainingArguments, parse_arguments, training_arguments_of
+from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .comparison import (
     Comparison,
     ComparisonArguments,
@@ -451,6 +451,7 @@ def main(argv: list[str] | None = None) -> None:
         RecipeTrainingArguments,
     )
     preset, arguments = parse_arguments(types, PRESETS, argv, default_preset="evidence")
+    refuse_options(arguments[-1], "optimizer", because="a stage is trained by AdamW whose rate halves. Leave it out.")
     compare(preset, *arguments)
 
 

@@ -27,7 +27,7 @@ from ..evaluation.retrieval import RetrievalCell, grid_metrics
 from ..evaluation.retrieval_figure import plot_pareto
 from ..redaction import command_line
 from ..report import FigureFile, Results, collect_versions, device_name, write_results
-from .arguments import RecipeTrainingArguments, parse_arguments
+from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options
 from .comparison import print_metrics, wall_seconds_so_far
 from .description import describe_data
 from .language_model import require_writable
@@ -207,6 +207,9 @@ def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     types = (FinetuneArguments, EncoderDataArguments, RecipeTrainingArguments)
     preset, (args, data_args, training_args) = parse_arguments(types, PRESETS, argv, default_preset="demo")
+    if args.objective == "matryoshka_2d":
+        because = "Sentence Transformers' own trainer has neither. Choose another --objective, or leave it out."
+        refuse_options(training_args, "optimizer", "reliability", because=because)
     finetune(preset, args, data_args, training_args)
 
 

@@ -37,7 +37,7 @@ from ..evaluation.retrieval_figure import plot_pareto
 from ..figures import comparison_figure
 from ..redaction import command_line
 from ..report import FigureFile, Metric, Results, collect_versions, device_name, summarise, write_results
-from .arguments import RecipeTrainingArguments, parse_arguments, training_arguments_of
+from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .comparison import (
     Comparison,
     ComparisonArguments,
@@ -373,6 +373,9 @@ def main(argv: list[str] | None = None) -> None:
     preset, (comparison_args, args, data_args, training_args) = parse_arguments(
         types, PRESETS, argv, default_preset="evidence"
     )
+    if any(arm_of(arm)[1] == "matryoshka_2d" for arm in comparison_args.arms):
+        because = "the arm plain_st2d runs in Sentence Transformers' own trainer, which has neither. Leave one out."
+        refuse_options(training_args, "optimizer", "reliability", because=because)
     compare(preset, comparison_args, args, data_args, training_args)
 
 

@@ -33,7 +33,7 @@ from ..callbacks import StableRankCallback
 from ..figures import comparison_figure, loss_figure
 from ..optimizers import MSign, MuonAdamW, select_targets
 from ..report import FigureFile, Metric, Model, summarise
-from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments
+from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments, refuse_options
 from .comparison import (
     Comparison,
     ComparisonArguments,
@@ -347,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     preset, (comparison_args, args, data_args, training_args) = parse_arguments(
         types, PRESETS, argv, default_preset="demo"
     )
+    refuse_options(training_args, "optimizer", because="here --arms say which run has MSign around which optimizer.")
     if unknown := sorted(set(comparison_args.arms) - set(ARMS)):
         raise SystemExit(f"--arms: {unknown} not known. Choose from {', '.join(ARMS)}.")
     if args.shape not in SHAPES:

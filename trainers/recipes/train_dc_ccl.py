@@ -43,7 +43,7 @@ from ..report import (
     summarise,
     write_results,
 )
-from .arguments import RecipeTrainingArguments, parse_arguments, training_arguments_of
+from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .comparison import against_baselines, print_metrics, wall_seconds_so_far
 from .dc_ccl_tasks import TASKS, Images, Task, divide
 from .language_model import require_writable
@@ -324,6 +324,13 @@ def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     types = (DcCclArguments, RecipeTrainingArguments)
     preset, (args, training_args) = parse_arguments(types, PRESETS, argv, default_preset="demo")
+    refuse_options(
+        training_args,
+        "optimizer",
+        "reliability",
+        because="both sides train in short runs of their own, with the optimizer that --optim names, and rounds are "
+        "kept by the recipe. Leave it out.",
+    )
     train(preset, args, training_args)
 
 

@@ -28,7 +28,7 @@ from hf_models.dot_cbm import DotCbmForImageClassification, image_processor_for
 
 from ..redaction import command_line
 from ..report import Metric, Model, Results, collect_versions, device_name, summarise, write_results
-from .arguments import RecipeTrainingArguments, parse_arguments
+from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options
 from .comparison import print_metrics, wall_seconds_so_far
 from .dot_cbm_arms import LABELS, fields_of, filled
 from .dot_cbm_backbone import BackboneArguments
@@ -303,6 +303,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     types = (ConceptDataArguments, BackboneArguments, BottleneckArguments, ReportArguments, RecipeTrainingArguments)
     preset, arguments = parse_arguments(types, PRESETS, argv, default_preset="demo")
+    refuse_options(arguments[-1], "optimizer", because="a stage is trained by AdamW whose rate halves. Leave it out.")
     train(preset, *arguments)
 
 

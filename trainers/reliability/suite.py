@@ -42,7 +42,16 @@ def reliability(trainer: Trainer, *, policy: str = "skip") -> list[TrainerCallba
             place of `trainer.train()`.
 
     Returns the callbacks that were added.
+
+    Raises:
+        ValueError: a `FederatedTrainer`, which does all of this in its own way.
     """
+    instead = (
+        "It commits whole rounds, goes on behind them, and refuses bad updates by the names of their clients: "
+        "save_strategy='steps' is all that is needed. Callbacks that hear of rounds are installed by name, such as "
+        "ExpertBalanceCallback."
+    )
+    callbacks.installation.require_steps(trainer, "reliability()", instead)
     present = {type(callback) for callback in trainer.callback_handler.callbacks}
     added = [callback for callback in recommended(policy) if type(callback) not in present]
     if callbacks.ExpertBalanceCallback not in present and _routes(trainer.model):

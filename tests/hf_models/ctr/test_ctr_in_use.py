@@ -60,6 +60,8 @@ def test_only_some_parameters_need_a_copy_for_each_user():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.compatibility("bf16 inference", method="ctr")
+@pytest.mark.compatibility("bf16 training", method="ctr")
 def test_bfloat16(architecture, tmp_path):
     model, inputs = tiny(architecture), batch()
     model.save_pretrained(tmp_path)
@@ -72,6 +74,7 @@ def test_bfloat16(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["pnn", "din"])
+@pytest.mark.compatibility("Gradient checkpointing", method="ctr")
 def test_gradient_checkpointing_changes_nothing(architecture):
     model, inputs = tiny(architecture).train(), batch()
     model(**inputs).loss.backward()
@@ -85,6 +88,9 @@ def test_gradient_checkpointing_changes_nothing(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.compatibility(
+    "torch.compile without graph breaks", method="ctr", library="torch", note="traced, not turned into code"
+)
 def test_one_graph_without_breaks(architecture):
     model, inputs = tiny(architecture).train(), batch()
     torch._dynamo.reset()
@@ -96,6 +102,7 @@ def test_one_graph_without_breaks(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.compatibility("torch.export", method="ctr", library="torch")
 def test_export_at_any_batch_size_and_length(architecture):
     model, inputs = tiny(architecture), batch(labels=False)
     rows, length = torch.export.Dim("rows", min=1), torch.export.Dim("length", min=1)
@@ -109,6 +116,7 @@ def test_export_at_any_batch_size_and_length(architecture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.compatibility("ONNX", method="ctr", library="onnxruntime")
 def test_onnx_runtime_gives_the_same_logits(architecture, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -144,6 +152,7 @@ def test_device_maps(parts, tmp_path):
     torch.testing.assert_close(placed(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.compatibility("LoRA on linear layers, trainable rows of embeddings", method="ctr", library="peft")
 def test_adapters_on_the_layers_and_on_the_users_row(tmp_path):
     model, inputs = tiny("deepfm"), batch()
     expected = model(**inputs).logits

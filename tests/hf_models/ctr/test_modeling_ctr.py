@@ -110,6 +110,7 @@ def test_softmax_gives_one_entry_all_the_weight_and_an_empty_history_none():
 
 
 @pytest.mark.parametrize("normalization", ["none", "softmax"])
+@pytest.mark.compatibility("Padding", method="ctr", note="of sequence features")
 def test_the_candidate_chooses_in_the_history_and_padding_says_nothing(normalization):
     model, inputs = tiny("din", attention_normalization=normalization), batch()
     out = model(**inputs)
@@ -284,6 +285,7 @@ def test_a_feature_gets_rows_for_new_values():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.compatibility("Auto classes", method="ctr")
 def test_saving_and_loading(architecture, tmp_path):
     model, inputs = tiny(architecture), batch()
     model.save_pretrained(tmp_path)

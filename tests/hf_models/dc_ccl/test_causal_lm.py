@@ -29,6 +29,8 @@ def test_what_is_served_is_the_sum_and_the_loss_shifts_labels():
 
 @pytest.mark.parametrize("branch", ["serve", "device"])
 @pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.compatibility("Cache: dynamic", method="dc_ccl", only={"cache": None})
+@pytest.mark.compatibility("Cache: static", method="dc_ccl", only={"cache": "static"})
 def test_every_cache_generates_what_no_cache_does(branch, cache):
     model = tiny_lm()
     expected = generated(model, branch, use_cache=False)
@@ -70,6 +72,7 @@ def test_tied_weights_are_exchanged_once():
     assert torch.equal(model.co_submodel.lm_head.weight, other["transformer.wte.weight"])
 
 
+@pytest.mark.compatibility("Beam search", method="dc_ccl")
 def test_branches_generate_different_text_and_beams_reorder_all_layers():
     model = tiny_lm()
     assert not torch.equal(generated(model, "serve"), generated(model, "device"))
@@ -79,6 +82,7 @@ def test_branches_generate_different_text_and_beams_reorder_all_layers():
 
 
 @pytest.mark.parametrize("branch", ["serve", "device"])
+@pytest.mark.compatibility("Padding", method="dc_ccl", note="on the left")
 def test_left_padding_changes_nothing(branch):
     model, ids = tiny_lm(), tokens(1, 5)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
@@ -123,6 +127,7 @@ def test_a_device_package_generates_by_itself(tmp_path):
     assert isinstance(again, DcCclDeviceForCausalLM) and torch.equal(generated(again, None), expected)
 
 
+@pytest.mark.compatibility("Auto classes", method="dc_ccl")
 def test_saving_keeps_ties_and_logits(tmp_path):
     model = tiny_lm()
     model.save_pretrained(tmp_path)
@@ -139,6 +144,7 @@ def test_resizing_reaches_every_vocabulary():
     assert model(tokens(), branch="control").logits.shape[-1] == 44
 
 
+@pytest.mark.compatibility("bf16 inference", method="dc_ccl")
 def test_half_precision():
     model = tiny_lm().to(torch.bfloat16)
     assert generated(model, "serve").shape == (2, 14) and model(tokens()).logits.dtype == torch.bfloat16

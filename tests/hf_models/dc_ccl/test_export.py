@@ -24,6 +24,7 @@ def assert_parity(exported, package, batches=(1, 3, 5)):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "resnet", "whole"])
+@pytest.mark.compatibility("torch.export", method="dc_ccl", library="torch", note="of device packages")
 def test_torch_export_gives_what_the_package_gives(kind):
     package = tiny(kind).device_package()
     exported = exporters.DynamoExporter().export(
@@ -34,6 +35,7 @@ def test_torch_export_gives_what_the_package_gives(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "resnet", "whole"])
+@pytest.mark.compatibility("ONNX", method="dc_ccl", library="onnxruntime", note="of device packages")
 def test_onnx_runtime_gives_what_the_package_gives(kind, tmp_path):
     package = tiny(kind).device_package()
     exported = exporters.OnnxExporter().export(
@@ -52,6 +54,7 @@ def test_onnx_runtime_gives_what_the_package_gives(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.compatibility("ExecuTorch", method="dc_ccl", library="executorch", note="of device packages")
 def test_executorch_gives_what_the_package_gives():
     pytest.importorskip("executorch", reason="pip install executorch")
     package = tiny("vit").device_package()

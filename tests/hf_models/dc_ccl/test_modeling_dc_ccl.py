@@ -199,6 +199,7 @@ def test_a_package_is_a_copy_and_draws_no_random_numbers():
 
 
 @pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.compatibility("Auto classes", method="dc_ccl")
 def test_a_saved_model_gives_the_same_logits(kind, tmp_path):
     model = tiny(kind)
     model.save_pretrained(tmp_path)
@@ -210,6 +211,7 @@ def test_a_saved_model_gives_the_same_logits(kind, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.compatibility("bf16 inference", method="dc_ccl")
 def test_half_precision(dtype, tmp_path):
     model = tiny("vit").to(dtype)
     out = model(images().to(dtype), labels=LABELS)
@@ -223,6 +225,7 @@ def test_half_precision(dtype, tmp_path):
     assert single.co_submodel.dtype == single.shared_encoder.dtype == torch.float32
 
 
+@pytest.mark.compatibility("Attention: eager and SDPA", method="dc_ccl")
 def test_both_attention_backends_agree_and_reach_every_submodel():
     model = tiny("vit")
     expected = answers(model)
@@ -236,6 +239,7 @@ def test_both_attention_backends_agree_and_reach_every_submodel():
     assert eager.co_submodel.config._attn_implementation == "eager"
 
 
+@pytest.mark.compatibility("Gradient checkpointing", method="dc_ccl")
 def test_gradient_checkpointing_changes_nothing():
     model = tiny("vit").train()
     model.set_phase("co")
@@ -263,6 +267,7 @@ def test_what_is_missing_in_a_checkpoint_is_initialised(tmp_path):
     assert 0.05 < again.shared_encoder.stem.position_embeddings.std() < 0.4
 
 
+@pytest.mark.compatibility('pipeline("image-classification")', method="dc_ccl")
 def test_a_pipeline_serves_it(tmp_path):
     from PIL import Image
     from transformers import ViTImageProcessorPil

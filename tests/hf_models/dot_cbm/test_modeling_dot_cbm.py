@@ -391,6 +391,7 @@ def test_an_intervention_can_be_kept_in_the_range_of_the_predictions():
 
 
 @pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.compatibility("Auto classes", method="dot_cbm")
 def test_saving_and_loading_keeps_everything(tmp_path, readout):
     model = tiny(readout=readout, training_stage="class")
     model.model.gamma.copy_(torch.tensor([0.1, 0.3, 0.2, 0.25, 0.15]))

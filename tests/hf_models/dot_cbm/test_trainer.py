@@ -133,6 +133,7 @@ def test_two_processes_train_what_one_trains(results, name):
 
 
 @pytest.mark.slow
+@pytest.mark.compatibility("FSDP2", method="dot_cbm", library="torch", gloo=True)
 def test_sharded_parameters_get_the_gradients_of_whole_ones(results):
     expected = one_step(False)
     for rank in results("sharded"):

@@ -129,6 +129,7 @@ def test_backends_agree_in_value_and_gradient(dtype):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.compatibility("bf16 training", method="m3bert")
 def test_bf16_in_training(backend, autocast):
     model = tiny(M3BertForMaskedLM, **QUIET).train()
     exact = model(IDS, attention_mask=MASK, labels=LABELS).loss

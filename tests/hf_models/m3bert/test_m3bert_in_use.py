@@ -35,6 +35,9 @@ def test_the_loss_of_a_step_does_not_depend_on_accumulation(kind, shape, tmp_pat
 
 
 @pytest.mark.parametrize("target", ["dense", "decoder"])
+@pytest.mark.compatibility(
+    "LoRA on attention", method="m3bert", library="peft", note="none on the head, which is trained whole or not at all"
+)
 def test_an_adapter_on_the_head_is_refused_and_the_whole_head_can_be_trained(target):
     labels = {"input_ids": IDS, "labels": IDS}
     model = get_peft_model(tiny(M3BertForMaskedLM), LoraConfig(r=2, target_modules=["q_proj", target]))

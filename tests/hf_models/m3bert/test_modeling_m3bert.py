@@ -126,6 +126,15 @@ def test_parameter_counts_are_the_published_to_the_unit():
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["ours", "rope"])
+@pytest.mark.compatibility("Padding", method="m3bert")
+@pytest.mark.compatibility("Attention: eager and SDPA", method="m3bert", only={"implementation": "eager"})
+@pytest.mark.compatibility("Attention: eager and SDPA", method="m3bert", only={"implementation": "sdpa"})
+@pytest.mark.compatibility(
+    "Attention: FlexAttention",
+    method="m3bert",
+    only={"implementation": "flex_attention"},
+    note="on a CPU forward only",
+)
 def test_padding_on_either_side_changes_nothing_on_any_backend(kind, implementation):
     model = tiny(M3BertForSentenceEmbedding, **KINDS[kind])
     model.set_attn_implementation(implementation)
@@ -270,6 +279,8 @@ def test_attention_is_returned_and_sums_to_one_over_what_is_seen():
 
 
 @pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.compatibility("bf16 inference", method="m3bert")
+@pytest.mark.compatibility("Gradient checkpointing", method="m3bert")
 def test_bf16_and_gradient_checkpointing(model_class):
     model = tiny(model_class)
     exact = model(IDS, attention_mask=MASK)[0]
@@ -337,6 +348,7 @@ def test_classifiers_learn_what_their_labels_say():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.compatibility("torch.compile without graph breaks", method="m3bert", library="torch")
 def test_the_forward_compiles_without_a_break(model_class):
     model = tiny(model_class)
     compiled = torch.compile(model, fullgraph=True)

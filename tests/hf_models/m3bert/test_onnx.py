@@ -58,6 +58,7 @@ def assert_parity(path, model, layer, dim, output="embeddings"):
         (None, None, {"position_embedding_type": "rope", "num_key_value_heads": 2}),
     ],
 )
+@pytest.mark.compatibility("ONNX", method="m3bert", library="onnxruntime")
 def test_a_cell_gives_what_the_model_gives_at_any_length_and_padding(layer, dim, changes, tmp_path):
     model = build(**changes).train()
     path = export_onnx(model, tmp_path / "cell" / "model.onnx", layers=layer, dim=dim)
@@ -66,6 +67,7 @@ def test_a_cell_gives_what_the_model_gives_at_any_length_and_padding(layer, dim,
 
 
 @pytest.mark.slow
+@pytest.mark.compatibility("ONNX", method="m3bert", library="onnxruntime")
 def test_the_encoder_alone_gives_states_and_only_what_is_left_is_written(tmp_path):
     model = build(M3BertModel)
     path = export_onnx(model, tmp_path / "model.onnx", layers=1, dim=8)

@@ -68,6 +68,7 @@ def encoded(model, texts=TEXTS, **arguments):
 # --- the library's own class -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.compatibility("SentenceTransformer", method="m3bert", library="sentence-transformers")
 def test_every_cell_equals_the_model_whatever_the_padding(folder, model, tokenizer):
     loaded = SentenceTransformer(folder)
     for layer, dim in CELLS:
@@ -147,6 +148,9 @@ def test_a_folder_of_save_pretrained_is_pooled_as_its_config_says(tokenizer, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.compatibility(
+    "SentenceTransformer by the code of the repository", method="m3bert", library="sentence-transformers"
+)
 def test_a_process_without_this_package_loads_the_code_of_the_repository(folder, model, tokenizer, tmp_path):
     code = (
         "import json, sys; from sentence_transformers import SentenceTransformer; "
@@ -262,6 +266,7 @@ def train(model, loss, folder, steps=2):
 
 
 @pytest.mark.parametrize("kind", [SentenceTransformer, M3BertSentenceTransformer])
+@pytest.mark.compatibility("Training with Matryoshka2dLoss", method="m3bert", library="sentence-transformers")
 def test_two_steps_with_matryoshka_2d(kind, folder, tmp_path):
     model = kind(folder)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -127,6 +127,7 @@ def test_an_untrained_cell_is_refused(cell, message, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.compatibility("Auto classes", method="m3bert", note="whole, or cut to a cell of the grid")
 def test_saved_and_loaded_in_both_ways(model_class, kind, tmp_path):
     model = tiny(model_class, **KINDS[kind])
     model.save_pretrained(tmp_path / "whole")

@@ -326,7 +326,8 @@ def test_resized_embeddings_survive(tmp_path, tied, size):
     before = logits_of_ids_below(model, 20)
     model.resize_token_embeddings(size, mean_resizing=False)
     assert model.config.vocab_size == model.vocab_size == size
-    assert torch.equal(logits_of_ids_below(model, 20)[..., :20], before[..., :20])
+    # a product of another width adds up in another order
+    torch.testing.assert_close(logits_of_ids_below(model, 20)[..., :20], before[..., :20], rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight.shape == loaded.model.embed_tokens.weight.shape == (size, 16)
@@ -413,6 +414,7 @@ def repositories(tmp_path_factory):
 
 
 @pytest.mark.parametrize("auto_class", HEADS)
+@pytest.mark.compatibility("Remote code, without this package", method="sigma_moe")
 def test_a_repository_loads_without_the_package(repositories, auto_class):
     root, models, reports = repositories
     model, report = models[auto_class], reports[auto_class]

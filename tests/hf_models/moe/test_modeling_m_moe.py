@@ -222,6 +222,7 @@ def test_compiled_inference_follows_a_change_of_k():
         (AutoModelForTokenClassification, MMoeForTokenClassification),
     ],
 )
+@pytest.mark.compatibility("Auto classes", method="m_moe")
 def test_the_auto_classes_know_it(auto_class, cls, tmp_path):
     assert isinstance(AutoConfig.for_model("m_moe"), MMoeConfig)
     cls(build("m_moe").config).save_pretrained(tmp_path)

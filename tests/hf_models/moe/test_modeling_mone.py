@@ -391,6 +391,7 @@ def test_lora_on_the_3d_experts_trains(name):
     assert sum(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()) > 0
 
 
+@pytest.mark.compatibility("Auto classes", method="mone")
 def test_every_auto_class_finds_its_model_with_grouped_experts():
     config = own().config
     assert type(AutoModel.from_config(config)) is MoneModel

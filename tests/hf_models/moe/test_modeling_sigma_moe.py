@@ -432,6 +432,9 @@ def test_expert_backends_agree_in_logits_and_gradients():
 
 @pytest.mark.parametrize("backend", ["sdpa", pytest.param("flex_attention", marks=[pytest.mark.slow, needs_compiler])])
 @pytest.mark.parametrize("padding", [None, "right", "left"])
+@pytest.mark.compatibility(
+    "Attention: FlexAttention", method="sigma_moe", only={"backend": "flex_attention"}, note="on a CPU forward only"
+)
 def test_attention_backends_agree(backend, padding):
     model, inputs = tiny_model(head_dim=16).eval(), batch(2, 16, padding=padding)
     real = inputs["attention_mask"].bool()
@@ -469,7 +472,7 @@ def test_a_sliding_window_sees_its_width_and_no_more(backend):
     changed = ids.clone()
     changed[:, 0] = (ids[:, 0] + 1) % model.config.vocab_size
     difference = (model(ids).logits - model(changed).logits).abs().amax(dim=(0, 2))  # per position
-    assert (difference[:3] > 1e-6).all() and (difference[3:] == 0).all()
+    assert (difference[:3] > 1e-3).all() and (difference[3:] < 1e-5).all()
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -653,6 +656,7 @@ def test_lora_trains_and_comes_back(tmp_path, targets):
 
 
 @pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+@pytest.mark.compatibility("Auto classes", method="sigma_moe")
 def test_every_registered_class_is_found_and_uses_grouped_experts(auto_class):
     model = auto_class.from_config(tiny_config())
     assert type(model) is AUTO_CLASSES[auto_class]

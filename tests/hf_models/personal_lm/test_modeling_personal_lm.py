@@ -36,6 +36,7 @@ BLOOM = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head":
 
 @pytest.mark.parametrize("position", ["prefix", "suffix"])
 @pytest.mark.parametrize("kind", BASES)
+@pytest.mark.compatibility("Padding", method="personal_lm")
 def test_left_and_right_padding_and_none_give_the_same_logits(kind, position):
     model = classifier(kind, user_token_position=position, num_user_tokens=2)
     right, left = (model(**texts(side), user_embeds=draws(tokens=2)).logits for side in ("right", "left"))
@@ -150,6 +151,8 @@ def greedy(model, batch, drawn, steps):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.compatibility("Greedy generation", method="personal_lm")
+@pytest.mark.compatibility("Cache: dynamic", method="personal_lm")
 def test_generation_with_a_cache_is_generation_without_one(kind):
     model, batch, drawn = language_model(kind), texts("left"), draws(2, 2)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -170,6 +173,7 @@ def test_left_and_right_padded_prompts_and_single_ones_continue_alike():
     assert torch.equal(alone[0], left[0])
 
 
+@pytest.mark.compatibility("Beam search", method="personal_lm")
 def test_beams_and_returned_sequences_share_their_request_s_draw():
     model, batch, drawn = language_model(), texts("left"), draws(2, 2)
     options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0}
@@ -336,6 +340,7 @@ def test_a_classification_config_makes_no_language_model():
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5", "qwen3"])
+@pytest.mark.compatibility("Auto classes", method="personal_lm")
 def test_save_and_load_through_the_auto_class(kind, tmp_path):
     model, batch, drawn = classifier(kind), texts(), draws()
     model.save_pretrained(tmp_path)
@@ -348,6 +353,7 @@ def test_save_and_load_through_the_auto_class(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.compatibility("Auto classes", method="personal_lm")
 def test_save_and_load_a_language_model(kind, tmp_path):
     model, batch, drawn = language_model(kind), texts(), draws(2, 2)
     model.save_pretrained(tmp_path)
@@ -366,6 +372,7 @@ def test_a_resized_vocabulary_survives_saving(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5", "llama"])
+@pytest.mark.compatibility("bf16 inference", method="personal_lm")
 def test_bf16(kind):
     model = classifier(kind).to(torch.bfloat16)
     out = model(**texts("left"), user_embeds=draws(), labels=torch.tensor([0, 1]))
@@ -381,6 +388,7 @@ def test_bf16(kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+@pytest.mark.compatibility("Gradient checkpointing", method="personal_lm")
 def test_gradient_checkpointing_changes_no_gradient(kind):
     found = []
     for checkpointing in (False, True):
@@ -414,6 +422,7 @@ def test_from_base_uses_a_loaded_model_and_saves_whole(tmp_path):
     assert speaking(**texts(), user_embeds=draws(2, 3)).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.compatibility("LoRA inside the base and around the whole", method="personal_lm", library="peft")
 def test_lora_inside_the_base_and_around_the_whole(tmp_path):
     from peft import LoraConfig, get_peft_model
 

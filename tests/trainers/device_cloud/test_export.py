@@ -42,6 +42,7 @@ def test_onnx_runtime_gives_what_the_model_gives_at_any_batch_size(kind, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "resnet", *tiny_ctr.ARCHITECTURES])
+@pytest.mark.compatibility("ExecuTorch", method=["ctr", "dc_ccl"], library="executorch")
 def test_executorch_gives_what_the_model_gives(kind, tmp_path):
     runtime = pytest.importorskip("executorch.runtime", reason="pip install 'hf-sigma[executorch]'")
     model, inputs = model_and_inputs(kind)

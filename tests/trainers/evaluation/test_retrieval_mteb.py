@@ -62,6 +62,7 @@ def saved(tmp_path_factory):
     return model, tokenizer, folder
 
 
+@pytest.mark.compatibility("mteb.evaluate on a retrieval task", method="m3bert", library="mteb")
 def test_scores_of_mteb_are_those_of_our_grid(saved):
     model, tokenizer, folder = saved
     meta = mteb_model_meta(folder, name="me/m3bert", languages=["eng-Latn"])
