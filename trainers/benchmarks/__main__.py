@@ -2,13 +2,14 @@
 
 import argparse
 
-from . import decode, encoder, federated, msign, on_device, reliability, step
+from . import decode, encoder, federated, federated_flower, msign, on_device, reliability, step
 
 
 BENCHMARKS = {
     "decode": decode,
     "encoder": encoder,
     "federated": federated,
+    "federated_flower": federated_flower,
     "msign": msign,
     "on_device": on_device,
     "reliability": reliability,

@@ -104,8 +104,8 @@ class FederatedReport(TimingReport):
     memory: list[Memory]
 
 
-def in_process(task: Task) -> Arm:
-    """Ours."""
+def trainer_of(task: Task, **whose: object) -> FederatedTrainer:
+    """Ours; `whose` says whose rows there are, if not all of the task's."""
     args = TrainingArguments(
         tempfile.mkdtemp(),
         optim="sgd",
@@ -124,14 +124,19 @@ def in_process(task: Task) -> Arm:
     trainer = FederatedTrainer(
         task.model(),
         args,
-        train_dataset=task.rows,
-        partition_by=task.rows.users,
         data_collator=CtrCollator(),
         strategy=FedAvg(clients_per_round=task.clients_per_round, seed=task.seed),
         rounds=10**4,
         local_steps=task.local_steps,
+        **(whose or {"train_dataset": task.rows, "partition_by": task.rows.users}),
     )
     trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def in_process(task: Task) -> Arm:
+    """Ours."""
+    trainer = trainer_of(task)
     trainer.begin()
 
     def round() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageClassification, pipeline
-from transformers.utils import logging
 
 from hf_models.dc_ccl import DcCclConfig, DcCclDeviceModel, DcCclForImageClassification
 from tests.hf_models.dc_ccl.tiny_dc_ccl import LABELS, PAIRS, images, tiny, tiny_config
@@ -256,7 +255,6 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_what_is_missing_in_a_checkpoint_is_initialised(tmp_path):
-    logging.set_verbosity_error()
     model = tiny("vit")
     state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("cloud_submodel.")}
     model.save_pretrained(tmp_path, state_dict=state)
