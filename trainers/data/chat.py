@@ -44,16 +44,7 @@ def chat_examples(
             missing or does not mark the assistant's turns, a conversation that is too long or has no assistant turn,
             or (for a Dataset) no example left.
     """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length} must be at least 2: a token and the one to predict.")
-    if on_too_long not in ("error", "truncate", "drop"):
-        raise ValueError(f'on_too_long={on_too_long!r} must be "error", "truncate" or "drop".')
-    template = tokenizer.chat_template
-    if not template or "generation" not in str(template).replace("add_generation_prompt", ""):
-        raise ValueError(
-            "tokenizer.chat_template is missing or marks no assistant turns: put {% generation %} ... "
-            "{% endgeneration %} around what the assistant says, or use train_tokenizer's template."
-        )
+    _check_arguments(tokenizer, sequence_length, on_too_long)
     require_column(dataset, messages_column, argument="messages_column")
 
     encode = partial(
@@ -84,6 +75,19 @@ def chat_examples(
         )
     logger.info(f"{len(examples)} examples, {len(dataset) - len(examples)} conversations left out ({on_too_long})")
     return examples
+
+
+def _check_arguments(tokenizer: PreTrainedTokenizerBase, sequence_length: int, on_too_long: str) -> None:
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length} must be at least 2: a token and the one to predict.")
+    if on_too_long not in ("error", "truncate", "drop"):
+        raise ValueError(f'on_too_long={on_too_long!r} must be "error", "truncate" or "drop".')
+    template = tokenizer.chat_template
+    if not template or "generation" not in str(template).replace("add_generation_prompt", ""):
+        raise ValueError(
+            "tokenizer.chat_template is missing or marks no assistant turns: put {% generation %} ... "
+            "{% endgeneration %} around what the assistant says, or use train_tokenizer's template."
+        )
 
 
 def _encode(

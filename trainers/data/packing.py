@@ -1,6 +1,6 @@
 """From documents to blocks of equal length, without padding and without losing a token but the last partial block."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -60,34 +60,41 @@ def pack_documents(
     tokenize = partial(_tokenize, tokenizer=tokenizer, text_column=text_column)
     finish = partial(_finish, eos_token_id=tokenizer.eos_token_id, respect_documents=respect_documents)
     columns = ["input_ids", "labels"] + ["position_ids"] * respect_documents
-    features = Features({column: List(Value("int64")) for column in columns})
+    finished = {"function": finish, "batched": True, "features": Features({c: List(Value("int64")) for c in columns})}
 
     if is_streaming(dataset):
         names = dataset.column_names or list(next(iter(dataset)))
         documents = dataset.map(tokenize, batched=True, batch_size=64, remove_columns=names)
-        blocks = IterableDataset.from_generator(
-            _cut, gen_kwargs={"documents": documents, "sequence_length": sequence_length}
-        )
-        return blocks.map(finish, batched=True, batch_size=64, features=features)
+        cut = {"documents": documents, "sequence_length": sequence_length}
+        return IterableDataset.from_generator(_cut, gen_kwargs=cut).map(**finished, batch_size=64)
+    tokens = _joined(dataset, tokenize, num_proc, sequence_length)
+    blocks = tokens.batch(sequence_length, drop_last_batch=True)
+    logger.info(
+        f"{len(blocks)} blocks of {sequence_length} tokens from {len(dataset)} documents; "
+        f"{len(tokens) % sequence_length} of {len(tokens)} tokens dropped at the end"
+    )
+    return blocks.map(**finished, desc="Labelling")
 
+
+def _joined(
+    dataset: Dataset,
+    tokenize: Callable[[dict[str, list]], dict[str, list]],
+    num_proc: int | None,
+    sequence_length: int,
+) -> Dataset:
+    """One row a token: a view on the Arrow buffer, which datasets itself then cuts into blocks."""
     if len(dataset) == 0:
         raise ValueError("dataset has no documents: there is nothing to pack.")
     documents = dataset.map(
         tokenize, batched=True, num_proc=num_proc, remove_columns=dataset.column_names, desc="Tokenizing"
     )
-    # One row a token: a view on the Arrow buffer, which datasets itself then cuts into blocks.
     tokens = documents.map(_flatten, batched=True, remove_columns=["input_ids"], desc="Joining")
     if len(tokens) < sequence_length:
         raise ValueError(
             f"dataset has {len(tokens)} tokens in {len(dataset)} documents, too few for one block of "
             f"sequence_length={sequence_length}: give more text, or a smaller sequence_length."
         )
-    blocks = tokens.batch(sequence_length, drop_last_batch=True)
-    logger.info(
-        f"{len(blocks)} blocks of {sequence_length} tokens from {len(dataset)} documents; "
-        f"{len(tokens) % sequence_length} of {len(tokens)} tokens dropped at the end"
-    )
-    return blocks.map(finish, batched=True, features=features, desc="Labelling")
+    return tokens
 
 
 def _tokenize(batch: dict[str, list], *, tokenizer: PreTrainedTokenizerBase, text_column: str) -> dict[str, list]:

@@ -102,8 +102,7 @@ def flower_client_app(
             candidate, _, parameter = key.partition("/")
             candidates.setdefault(candidate, {})[parameter] = tensor
         losses = trainer.local.score(trainer.scoring_data(name, int(asked[ROUND])), candidates)
-        told = {f"loss/{candidate}": float(loss) for candidate, loss in losses.items()}
-        return _reply(message, [], {CLIENT: name} | told)
+        return _reply(message, [], {CLIENT: name} | {f"loss/{one}": float(loss) for one, loss in losses.items()})
 
     return app
 
