@@ -71,12 +71,13 @@ def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
 
 def expert_counts(selected_experts: torch.Tensor, num_experts: int, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Assignments per expert `(..., num_experts)` in fp32 of `selected_experts (..., tokens, top_k)`; padding counts
-    0."""
-    weight = torch.ones_like(selected_experts, dtype=torch.float32)
+    0, and so do ids from `num_experts` on, of tokens that have fewer than `top_k`."""
+    weight = (selected_experts < num_experts).float()
     if mask is not None:
         weight = weight * mask.unsqueeze(-1).to(weight)
     counts = weight.new_zeros(*selected_experts.shape[:-2], num_experts)
-    return counts.scatter_add(-1, selected_experts.flatten(-2), weight.flatten(-2))
+    known = selected_experts.clamp(max=num_experts - 1)
+    return counts.scatter_add(-1, known.flatten(-2), weight.flatten(-2))
 
 
 def routing_sums(
@@ -96,7 +97,9 @@ def routing_sums(
         probs = probs * mask.unsqueeze(-1).to(probs)
         tokens = mask.to(probs).sum(dim=-1, keepdim=True)
     counts = expert_counts(selected_experts, router_logits.shape[-1], mask).to(probs)
-    selected = probs.gather(-1, selected_experts).sum(dim=(-2, -1)).unsqueeze(-1)
+    last = router_logits.shape[-1] - 1
+    selected = probs.gather(-1, selected_experts.clamp(max=last)).masked_fill(selected_experts > last, 0.0)
+    selected = selected.sum(dim=(-2, -1)).unsqueeze(-1)
     return RoutingSums(counts, probs.sum(dim=-2), selected, tokens)
 
 

@@ -272,7 +272,8 @@ class SigmaMoeConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         # The parent assigns overrides one by one after validation; merged first, they are checked and derived like any
         # value.
-        given = {name: kwargs.pop(name) for name in list(kwargs) if name in SigmaMoeConfig.__annotations__}
+        fields = {name for kind in cls.__mro__ if issubclass(kind, SigmaMoeConfig) for name in kind.__annotations__}
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in fields}
         if "num_experts_per_tok" in given:
             given.setdefault("num_experts_per_tok_per_layer", None)
         if given.keys() & {"neuron_top_k", "neuron_ratio"}:  # the file's choice of one must not meet the other

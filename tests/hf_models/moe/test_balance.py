@@ -480,3 +480,17 @@ def test_conventional_loss_with_one_expert_balances_worst(seed):
     for better in (balance_after_training(8, "switch", seed=seed), balance_after_training(1, "top1", seed=seed)):
         assert conventional[0] > 1.25 * better[0]
         assert conventional[1] < better[1] - 0.1
+
+
+def test_ids_behind_the_last_expert_are_no_expert():
+    """As of a token that has fewer experts than others."""
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    selected = torch.tensor([[0, 1], [2, 4], [3, 4], [1, 2], [0, 4], [3, 0]])
+    assert expert_counts(selected, 4).tolist() == [3, 2, 2, 2]
+    sums = routing_sums(logits, selected)
+    shares = logits.softmax(-1)
+    expected = sum(
+        shares[token, expert] for token, row in enumerate(selected.tolist()) for expert in row if expert < 4
+    )
+    assert sums.counts.tolist() == [3, 2, 2, 2]
+    torch.testing.assert_close(sums.selected.squeeze(), expected)

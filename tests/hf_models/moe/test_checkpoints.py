@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -445,3 +447,18 @@ def test_saved_without_the_package_it_is_a_complete_repository_again(repositorie
     assert {k: v for k, v in configs[0].items() if k != "auto_map"} == {
         k: v for k, v in configs[1].items() if k != "auto_map"
     }
+
+
+@strict
+class SisterConfig(SigmaMoeConfig):
+    """With a field of its own, as other methods on this trunk have."""
+
+    model_type = "sister_of_sigma_moe"
+    cap: int = 3
+
+
+def test_own_fields_of_a_sister_are_checked_when_they_are_given_at_load(tmp_path):
+    SisterConfig(**{name: value for name, value in config().own_fields().items()}).save_pretrained(tmp_path)
+    assert SisterConfig.from_pretrained(tmp_path, cap=2).cap == 2
+    with pytest.raises(StrictDataclassFieldValidationError, match="cap"):
+        SisterConfig.from_pretrained(tmp_path, cap="many")
