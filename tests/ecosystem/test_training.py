@@ -88,8 +88,10 @@ def test_training_in_bf16_learns_and_keeps_weights_and_routers_in_fp32(family, t
         router = not name.endswith("q_proj")
         dtype = {(out[0] if router else out).dtype for out in outputs}
         assert dtype == {torch.float32 if router else torch.bfloat16}, name
-    full = losses(train(family.model(), tmp_path))
-    torch.testing.assert_close(torch.tensor(history), torch.tensor(full), rtol=0.05, atol=0)
+    # of several models: in one, a token that goes to another expert or neuron moves a loss by more than the rounding
+    runs = [[losses(train(family.model(seed), tmp_path, bf16=bf16)) for seed in range(4)] for bf16 in (True, False)]
+    half, full = (torch.tensor(run).mean(0) for run in runs)
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0)
 
 
 @pytest.mark.compatibility("bf16 inference", library="transformers")

@@ -474,11 +474,15 @@ def balance_after_training(top_k, kind, *, seed, experts=96, hidden=64, vocabula
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_conventional_loss_with_one_expert_balances_worst(seed):
-    conventional = balance_after_training(1, "switch", seed=seed)
-    for better in (balance_after_training(8, "switch", seed=seed), balance_after_training(1, "top1", seed=seed)):
-        assert conventional[0] > 1.25 * better[0]
+def test_conventional_loss_with_one_expert_balances_worst():
+    def found(*kind):
+        """Means over seeds, of which a single one depends on the CPU."""
+        runs = [balance_after_training(*kind, seed=seed) for seed in range(4)]
+        return [sum(column) / len(runs) for column in zip(*runs)]
+
+    conventional = found(1, "switch")
+    for better in (found(8, "switch"), found(1, "top1")):
+        assert conventional[0] > 1.4 * better[0]
         assert conventional[1] < better[1] - 0.1
 
 

@@ -325,9 +325,11 @@ def test_half_precision_keeps_the_router_in_fp32(tmp_path, saved, dtype):
 @pytest.mark.parametrize("size", [40, 20])
 def test_resized_embeddings_survive(tmp_path, tied, size):
     model = SigmaMoeForCausalLM(config(tie_word_embeddings=tied))
-    before = logits_of_ids_below(model, 20)
+    before, weights = logits_of_ids_below(model, 20), {n: p.clone() for n, p in model.state_dict().items()}
     model.resize_token_embeddings(size, mean_resizing=False)
     assert model.config.vocab_size == model.vocab_size == size
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(model.state_dict()[name][:20], weights[name][:20])
     # a product of another width adds up in another order
     torch.testing.assert_close(logits_of_ids_below(model, 20)[..., :20], before[..., :20], rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
