@@ -184,12 +184,15 @@ def test_a_run_of_every_arm_and_a_repetition_trains_nothing(tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_on_digits_it_serves_better_than_the_cloud_alone_and_almost_as_the_oracle(tmp_path):
-    """That it beats the small FedAvg is not asked for on so easy a task. One seed, whose result depends on the CPU."""
+    """The thresholds of our notes, of means over seeds, since one seed's result depends on the CPU; that it beats the
+    small FedAvg is not asked for on so easy a task."""
     pytest.importorskip("sklearn")
-    recipe.main(["--preset", "demo", "--output_dir", str(tmp_path)])
+    arms = ["dc_ccl", "cloud_only", "distr_true"]
+    recipe.main(["--preset", "demo", "--seeds", "0", "1", "2", "--arms", *arms, "--output_dir", str(tmp_path)])
     served = read_results(tmp_path).metrics["digits_served_accuracy"]
+    assert served.n == 3
     assert served.value > served.baseline["cloud_only"].value + 0.05
-    assert served.value > served.baseline["distr_true"].value - 0.04
+    assert served.value > served.baseline["distr_true"].value - 0.02
 
 
 def test_unknown_tasks_and_arms_are_named(tmp_path):
