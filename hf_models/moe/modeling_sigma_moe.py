@@ -76,7 +76,14 @@ class SigmaMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
     """Router of one layer: `hidden_states (tokens, hidden)` -> logits `(tokens, experts)` and weights `(tokens, k)`,
     both fp32, and indices `(tokens, k)`. `top_k` is a plain int, so that a stage of the sparsification schedule is one
-    assignment."""
+    assignment.
+
+    Another router overrides one of the steps `logits`, `scores`, `select` and `weigh`; a body whose `router_class` it
+    is builds it. Where its `select` finds that a token does without an expert, the index is `num_experts`, and its
+    `leaves_out_experts` is True: experts look for such indices only when told so.
+    """
+
+    leaves_out_experts = False
 
     def __init__(self, config: SigmaMoeConfig, layer_idx: int):
         super().__init__(config)
@@ -85,6 +92,12 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
         self.norm_top1_prob = config.norm_top1_prob
         self.routed_scaling_factor = config.routed_scaling_factor
         self.e_score_correction_bias = nn.Buffer(torch.zeros(self.num_experts, dtype=torch.float32))
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(tokens, experts)` in fp32, also under autocast: in bf16 those of 96 experts tie, and ties route
+        differently from kernel to kernel."""
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            return F.linear(hidden_states.float(), self.weight.float())
 
     def scores(self, router_logits: torch.Tensor) -> torch.Tensor:
         """Score of each expert `(tokens, experts)` in fp32."""
@@ -99,17 +112,21 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
             return biased.max(dim=-1, keepdim=True).indices  # several times as fast as topk on a CPU
         return biased.topk(top_k, dim=-1).indices
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
-        # In bf16 the logits of 96 experts tie, and ties route differently from kernel to kernel.
-        with maybe_autocast(hidden_states.device.type, enabled=False):
-            router_logits = F.linear(hidden_states.float(), self.weight.float())  # (tokens, experts)
-        scores = self.scores(router_logits)
-        indices = self.select(scores.detach())  # (tokens, top_k)
-        weights = scores.gather(-1, indices)  # (tokens, top_k)
+    def weigh(self, scores: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Weights `(tokens, k)` of the experts `indices (tokens, k)`; 0 for those left out."""
+        if self.leaves_out_experts:
+            weights = scores.gather(-1, indices.clamp(max=self.num_experts - 1)) * (indices < self.num_experts)
+        else:
+            weights = scores.gather(-1, indices)
         if self.norm_topk_prob and (self.top_k > 1 or self.norm_top1_prob):
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return router_logits, weights * self.routed_scaling_factor, indices
+        return weights * self.routed_scaling_factor
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        router_logits = self.logits(hidden_states.reshape(-1, self.hidden_dim))
+        scores = self.scores(router_logits)
+        indices = self.select(scores.detach())
+        return router_logits, self.weigh(scores, indices), indices
 
 
 class SigmaMoeExperts(NeuronSparseExperts, Qwen3MoeExperts):
@@ -124,10 +141,15 @@ class SigmaMoeExperts(NeuronSparseExperts, Qwen3MoeExperts):
 class SigmaMoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
     """Router and experts of one layer: `(batch, tokens, hidden)` -> the same."""
 
-    def __init__(self, config: SigmaMoeConfig, layer_idx: int):
+    def __init__(
+        self, config: SigmaMoeConfig, layer_idx: int, router_class: type[SigmaMoeTopKRouter] = SigmaMoeTopKRouter
+    ):
         nn.Module.__init__(self)  # the parent would build its own experts first
         self.experts = SigmaMoeExperts(config, layer_idx)
-        self.gate = SigmaMoeTopKRouter(config, layer_idx)
+        self.gate = router_class(config, layer_idx)
+        if self.gate.leaves_out_experts:
+            # transformers' experts look for indices without an expert under expert parallelism only.
+            self.experts._is_expert_parallel = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -137,11 +159,13 @@ class SigmaMoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
 
 
 class SigmaMoeDecoderLayer(Qwen3MoeDecoderLayer):
-    def __init__(self, config: SigmaMoeConfig, layer_idx: int):
+    def __init__(
+        self, config: SigmaMoeConfig, layer_idx: int, router_class: type[SigmaMoeTopKRouter] = SigmaMoeTopKRouter
+    ):
         nn.Module.__init__(self)  # the parent would build its own experts first
         self.hidden_size = config.hidden_size
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
-        self.mlp = SigmaMoeSparseMoeBlock(config, layer_idx)
+        self.mlp = SigmaMoeSparseMoeBlock(config, layer_idx, router_class)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -207,7 +231,8 @@ class SigmaMoePreTrainedModel(ElasticExperts, ElasticNeurons, PreTrainedModel):
         set_active_experts(self, top_k)
 
     def num_active_parameters(self, include_embeddings: bool = False) -> int:
-        """Parameters that one token uses, with the experts per token in force; embeddings and head only on request.
+        """Parameters that one token uses, with the experts per token in force (the most, where a router leaves some
+        out); embeddings and head only on request.
 
         The count behind the published 0.5B of Sigma-MoE-Tiny leaves embeddings and head out.
         """
@@ -215,12 +240,16 @@ class SigmaMoePreTrainedModel(ElasticExperts, ElasticNeurons, PreTrainedModel):
 
 
 class SigmaMoeModel(SigmaMoePreTrainedModel):
-    """The decoder without a head: token ids -> hidden states."""
+    """The decoder without a head: token ids -> hidden states. A sister family may have routers of its own class."""
+
+    router_class = SigmaMoeTopKRouter
 
     def __init__(self, config: SigmaMoeConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([SigmaMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList(
+            [SigmaMoeDecoderLayer(config, i, self.router_class) for i in range(config.num_hidden_layers)]
+        )
         self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
         self.gradient_checkpointing = False

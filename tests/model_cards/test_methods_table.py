@@ -18,8 +18,8 @@ def test_the_readme_has_the_table_that_the_command_renders():
     assert README == with_table(README, methods_table()), "run `python -m model_cards.methods`"
 
 
-def test_fifteen_papers_each_once_with_what_exists():
-    assert len(METHODS) == len({method.arxiv for method in METHODS}) == 15
+def test_each_paper_is_there_once_with_what_exists():
+    assert len({method.arxiv for method in METHODS}) == len(METHODS) >= 15
     for method in METHODS:
         assert method.card or method.tests
         assert all((ROOT / name).exists() for name in method.tests)

@@ -36,7 +36,8 @@ from .comparison import (
 )
 from .description import describe_model
 from .language_model import LanguageData, prepare_language_data
-from .pretrain_sigma_moe import OPTIMIZER, SigmaMoeArguments, model_config
+from .moe_family import OPTIMIZER, model_config
+from .pretrain_sigma_moe import SigmaMoeArguments
 from .sigma_moe_arms import Schedule, build_arm
 from .sigma_moe_probes import SwitchProbe, read_balance, read_switch
 from .sigma_moe_results import (

@@ -46,8 +46,7 @@ from .comparison import (
 )
 from .description import describe_model
 from .language_model import LanguageData, prepare_language_data, require_writable
-from .pretrain_mone import SMALL_RUN
-from .pretrain_sigma_moe import OPTIMIZER, model_config
+from .moe_family import OPTIMIZER, SMALL_RUN, model_config
 
 
 @dataclasses.dataclass

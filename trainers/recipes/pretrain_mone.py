@@ -50,7 +50,7 @@ from .comparison import (
 )
 from .description import describe_model
 from .language_model import LanguageData, prepare_language_data, require_writable
-from .pretrain_sigma_moe import OPTIMIZER, model_config
+from .moe_family import OPTIMIZER, SMALL_RUN, model_config
 
 
 @dataclasses.dataclass
@@ -75,21 +75,6 @@ EQUAL_COST = (
     ("equal_active_parameters", "mone_2k_quarter", "parameters"),
     ("equal_active_neurons", "mone_2k", "neurons"),
 )
-SMALL_RUN = OPTIMIZER | {
-    "sequence_length": 256,
-    "max_eval_blocks": 128,
-    "tokenizer_vocab_size": 2048,
-    "dataset_license": "PSF-2.0",
-    "dataset_language": "code",
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 16,
-    "eval_strategy": "no",
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
-
 PRESETS = {
     "demo": SMALL_RUN
     | {

@@ -24,10 +24,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_models.moe import SIGMA_MOE_TINY_INITIAL_TOP_K, SigmaMoeConfig
+from hf_models.moe import SIGMA_MOE_TINY_INITIAL_TOP_K
 
 from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments, training_arguments_of
-from .language_model import Fit, LanguageData, fit, prepare_language_data, require_writable
+from .language_model import Fit, fit, prepare_language_data, require_writable
+from .moe_family import OPTIMIZER, model_config
 from .sigma_moe_arms import ARMS, Schedule, build_arm
 from .sigma_moe_probes import LiveBalanceFigure, SwitchProbe
 from .sigma_moe_results import describe_run, final_screen
@@ -63,16 +64,6 @@ class SigmaMoeArguments:
         default=0, metadata={"help": "Compare with a character n-gram model; 0: do not."}
     )
 
-
-OPTIMIZER = {
-    # House recipe of the group's runs on the same code base; we have not seen the one of Sigma-MoE-Tiny.
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "adam_epsilon": 5e-10,
-    "weight_decay": 0.1,
-    "max_grad_norm": 1.0,
-    "lr_scheduler_type": "warmup_stable_decay",
-}
 
 PRESETS = {
     "demo": OPTIMIZER
@@ -126,21 +117,6 @@ PRESETS = {
         "report_to": ["tensorboard"],
     },
 }
-
-
-def model_config(args: SigmaMoeArguments, data: LanguageData, sequence_length: int) -> SigmaMoeConfig:
-    """The preset's shape with the vocabulary and special tokens of the data's tokenizer."""
-    tokenizer = data.tokenizer
-    overrides = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "max_position_embeddings": sequence_length,
-    }
-    if args.router_aux_loss_coef is not None:
-        overrides["router_aux_loss_coef"] = args.router_aux_loss_coef
-    return SigmaMoeConfig.from_preset(args.model_preset, **overrides)
 
 
 def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:

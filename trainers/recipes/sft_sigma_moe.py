@@ -35,7 +35,7 @@ from ..report import Metric, Results, Sample, collect_versions, device_name, wri
 from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments
 from .description import describe_data, describe_model
 from .language_model import fingerprint_of, require_writable, train_and_save
-from .pretrain_sigma_moe import OPTIMIZER
+from .moe_family import OPTIMIZER
 from .training import build_trainer
 
 
