@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sigma_kernels.autotune import Shape, Tile, default_tile, forced_tile, head_tiles, transport_tile
-from sigma_kernels.benchmarks import experts, neurons, offline
+from sigma_kernels.benchmarks import experts, neurons, offline, timing
 from sigma_kernels.benchmarks.__main__ import main
 from sigma_kernels.benchmarks.experts import Cell, cells, measure_cell, run_cells
 from sigma_kernels.benchmarks.floors import PEAKS, Load, Peak, peak_of
@@ -228,7 +228,7 @@ def test_without_a_gpu_compile_reports_floors_and_kept_numbers_are_written(tmp_p
 
 def test_neurons_are_timed_beside_dense_layers_with_the_bytes_that_bound_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(neurons.SHAPES, "toy", Model(4, 2, 32, 64))
-    monkeypatch.setattr(neurons, "process_clock", lambda step: step() is None or 1e-3)
+    monkeypatch.setattr(timing, "process_clock", lambda step: step() is None or 1e-3)
 
     options = ("--shapes", "toy", "--dtypes", "fp32", "--blocks", "10", "--steps", "1", "--output", str(tmp_path))
     assert main(["neurons", *options]) == 0

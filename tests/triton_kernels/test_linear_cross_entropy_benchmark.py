@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sigma_kernels.benchmarks import timing
 from sigma_kernels.benchmarks.__main__ import main
 from sigma_kernels.benchmarks.allocations import Allocations, allocations, kept_bytes, resident_bytes
 from tests.triton_kernels.fresh_process import python
@@ -52,7 +53,7 @@ def test_a_process_grows_by_what_it_touches():
 
 def test_every_arm_is_measured_and_the_table_compares_them_with_plain_logits(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(benchmark.SHOWN, "cpu", TOY)
-    monkeypatch.setattr(benchmark, "process_clock", lambda step: step() is None or 1e-3)
+    monkeypatch.setattr(timing, "process_clock", lambda step: step() is None or 1e-3)
     monkeypatch.setattr(
         benchmark,
         "_memory_of",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sigma_kernels.benchmarks import timing
 from sigma_kernels.benchmarks.__main__ import main
 
 
@@ -15,7 +16,7 @@ TOY = (benchmark.Cell(3, 9, 7, iterations=20),)
 
 def test_every_arm_is_measured_and_makes_the_same_plan(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(benchmark.SHOWN, "cpu", TOY)
-    monkeypatch.setattr(benchmark, "process_clock", lambda step: step() is None or 1e-3)
+    monkeypatch.setattr(timing, "process_clock", lambda step: step() is None or 1e-3)
     monkeypatch.setitem(benchmark.PACKAGES, "nobody's", ("no_such_module", "no-such-package"))
 
     assert main(["sinkhorn", "--output", str(tmp_path)]) == 0

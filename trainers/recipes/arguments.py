@@ -12,6 +12,10 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 
+# Of a Trainer inside a comparison, which reports, shows and keeps for all of them.
+QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", "save_strategy": "no"}
+
+
 @dataclasses.dataclass
 class DataArguments:
     """Where the text comes from and how it is cut."""

@@ -48,7 +48,7 @@ from ..report import (
     summarise,
     write_results,
 )
-from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
+from .arguments import QUIET, RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .collaboration_text import REQUESTS, WRITERS, compare_writers
 from .comparison import against_baselines, wall_seconds_so_far
 from .dc_ccl_tasks import TASKS, Images, divide
@@ -109,7 +109,6 @@ class CollaborationArguments:
     max_device_parameters: int = dataclasses.field(default=0, metadata={"help": "Refuse what is larger; 0: no limit."})
 
 
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", "save_strategy": "no"}
 PRESETS = {
     "demo": QUIET | {"seeds": [0], "round_learning_rates": [1e-2], "output_dir": "runs/collaboration"},
     # Fixed before any result was seen.

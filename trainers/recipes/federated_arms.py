@@ -15,8 +15,16 @@ from ..federated import (
     WaitForAll,
 )
 from ..federated.core import FederatedAlgorithm
+from .arguments import QUIET
 
 
+# Clients take plain steps; what is clever is the server's.
+SILENT_SGD = QUIET | {
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "remove_unused_columns": False,
+}
 # Why the recipes here take neither --optimizer msign nor --reliability on.
 OF_CLIENTS = (
     "clients begin every round with a fresh optimizer, so that no period of steps passes, and the federated trainer "

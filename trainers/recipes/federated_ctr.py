@@ -44,7 +44,7 @@ from ..report import (
 from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .comparison import print_metrics, wall_seconds_so_far
 from .ctr_training import predict_ctr
-from .federated_arms import OF_CLIENTS, Shared, require_arms, strategy_of
+from .federated_arms import OF_CLIENTS, SILENT_SGD, Shared, require_arms, strategy_of
 from .federated_cells import Cell, Compared, Comparison, Experiment, Outcome, run_rounds
 from .federated_results import arms_metric, bars_figure, curves_figure, last, present, reached
 from .language_model import require_writable
@@ -105,13 +105,9 @@ class CtrSetting:
     evaluate_every: int
 
 
-QUIET = {
-    **{"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", "save_strategy": "no"},
-    **{"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "remove_unused_columns": False},
-    "per_device_train_batch_size": 4,
-}
+BASE = SILENT_SGD | {"per_device_train_batch_size": 4}
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": QUIET
+    "demo": BASE
     | {
         **{"output_dir": "runs/federated_ctr", "seeds": [0], "learning_rates": [0.3, 1.0]},
         **{"arms": ["fed_sub_avg", "fed_avg"], "max_users": 120, "clients_per_round": 6, "rounds": 60},
@@ -119,7 +115,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Fixed before any result was seen but that of 10 rounds of two arms, which were to size it. As in the released
     # code's Amazon runs a row of one owner moves by about twenty times its share of an average (N/K), and a user takes
     # part a few times. Later changes are in the results' `note`.
-    "evidence": QUIET
+    "evidence": BASE
     | {
         "output_dir": "runs/federated_ctr_evidence",
         "learning_rates": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0],
@@ -127,7 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "had chosen its lower edge.",
     },
     # Widths, rates and rounds of the released code's DIN, on the users that there are.
-    "paper": QUIET
+    "paper": BASE
     | {
         **{"output_dir": "runs/federated_ctr-paper", "architectures": ["din"], "max_users": 0, "use_cpu": False},
         **{"clients_per_round": 100, "rounds": 201, "local_steps": 10, "learning_rates": [0.1], "max_grad_norm": 5.0},

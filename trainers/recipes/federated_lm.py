@@ -31,7 +31,7 @@ from ..redaction import command_line
 from ..report import Data, FigureFile, Model, Results, collect_versions, device_name, write_results
 from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .comparison import BITS, print_metrics, wall_seconds_so_far
-from .federated_arms import OF_CLIENTS, Shared, require_arms, strategy_of
+from .federated_arms import OF_CLIENTS, SILENT_SGD, Shared, require_arms, strategy_of
 from .federated_cells import Cell, Compared, Comparison, Experiment, Outcome, run_rounds
 from .federated_results import arms_metric, curves_figure, last, present
 from .language_model import require_writable
@@ -99,13 +99,9 @@ class LmSetting:
     evaluate_every: int
 
 
-QUIET = {
-    **{"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", "save_strategy": "no"},
-    **{"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "remove_unused_columns": False},
-    "per_device_train_batch_size": 8,
-}
+BASE = SILENT_SGD | {"per_device_train_batch_size": 8}
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": QUIET
+    "demo": BASE
     | {
         **{
             "output_dir": "runs/federated_lm",
@@ -115,9 +111,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         **{"clients": 24, "base_steps": 150, "rounds": 48, "clients_per_round": 4},
     },
-    "evidence": QUIET | {"output_dir": "runs/federated_lm_evidence"},
+    "evidence": BASE | {"output_dir": "runs/federated_lm_evidence"},
     # No paper has this task: shapes for one GPU, with as many speakers as say enough.
-    "paper": QUIET
+    "paper": BASE
     | {
         **{"output_dir": "runs/federated_lm-paper", "clients": 200, "hidden_size": 512, "num_hidden_layers": 8},
         **{"num_attention_heads": 8, "vocab_size": 8192, "sequence_length": 256, "base_steps": 20_000},

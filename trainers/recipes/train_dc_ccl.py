@@ -43,7 +43,7 @@ from ..report import (
     summarise,
     write_results,
 )
-from .arguments import RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
+from .arguments import QUIET, RecipeTrainingArguments, parse_arguments, refuse_options, training_arguments_of
 from .comparison import against_baselines, print_metrics, wall_seconds_so_far
 from .dc_ccl_tasks import TASKS, Images, Task, divide
 from .language_model import require_writable
@@ -72,7 +72,6 @@ class DcCclArguments:
     )
 
 
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no", "save_strategy": "no"}
 PRESETS = {
     "demo": QUIET
     | {

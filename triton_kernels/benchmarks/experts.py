@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from ..weight_casts import clear_casts
 from . import offline
 from .floors import Load, Peak, peak_of
 from .layers import BASELINE, OURS, Layer, layers
-from .report import draw, markdown
+from .report import draw, markdown, results_file
 from .routings import ROUTINGS, route
 from .saved import saved_bytes
 from .timing import Arm, Clock, CudaClock, median_interval, time_in_turns
@@ -77,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report. Exit status 3: the time was up, run it again."""
-    options.output.mkdir(parents=True, exist_ok=True)
     if not torch.cuda.is_available():
         offline.write(options.output, TOKENS, jobs=options.jobs)
         return 0
@@ -87,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     if peak is None:
         print(f"The peak of {device} is not known: give --bandwidth and --tflops.", file=sys.stderr)
         return 2
-    path = options.output / f"experts-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    path = results_file(options.output, "experts", device)
     measure = partial(
         measure_cell, device=options.device, clock=CudaClock(), blocks=options.blocks, steps=options.steps, peak=peak
     )

@@ -9,7 +9,6 @@ of its own, and times take turns.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from torch.nn import functional as F
 from ..linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_grid
 from .allocations import allocations, kept_bytes, resident_bytes
 from .experts import RESULTS, versions
-from .neurons import process_clock
-from .timing import Arm, CudaClock, median_interval, time_in_turns, wall_clock
+from .report import results_file, write
+from .timing import Arm, median_interval, prepared_device, time_in_turns
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,23 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report."""
-    device, shown = torch.device(options.device), SHOWN[torch.device(options.device).type]
+    device, name, clock = prepared_device(options.device, options.threads)
+    shown = SHOWN[device.type]
     options.dtype = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        name, clock = torch.cuda.get_device_name(), CudaClock()
-    else:
-        torch.set_num_threads(options.threads)
-        name = f"CPU, {options.threads} thread{'s' if options.threads > 1 else ''}"
-        clock = process_clock if options.threads == 1 else wall_clock
     if options.memory:
         cell, arm = options.memory
         print(json.dumps(memory(shown[int(cell)][0], arm, DTYPES[options.dtype], device)))
         return 0
     results = {"benchmark": "linear_cross_entropy", "device": name, "dtype": options.dtype, "versions": versions()}
-    options.output.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = options.output / f"linear-cross-entropy-{slug}.json"
+    path = results_file(options.output, "linear-cross-entropy", name)
     cells = _known_cells(path, results)
     for at in options.cells or range(len(shown)):
         cell, timed = shown[at]
@@ -106,9 +97,8 @@ def run(options: argparse.Namespace) -> int:
         if timed:
             seconds = times(cell, DTYPES[options.dtype], device, clock, blocks=options.blocks, steps=options.steps)
             add_times(cells[cell.key]["arms"], seconds)
-        path.write_text(json.dumps(results | {"cells": cells}, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(markdown(results | {"cells": cells}), encoding="utf-8")
-    print(f"{markdown(results | {'cells': cells})}\nWrote {path.name} and its .md.")
+        text = write(results | {"cells": cells}, markdown(results | {"cells": cells}), path)
+    print(f"{text}\nWrote {path.name} and its .md.")
     return 0
 
 

@@ -7,10 +7,6 @@ that the bytes of the weights allow, 3 / (1 + 2 r).
 
 import argparse
 import itertools
-import json
-import re
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +19,8 @@ from ..compile_report import MODELS, Model
 from ..neuron_topk import bytes_per_token, neuron_topk_mlp
 from .experts import RESULTS, captured, versions
 from .layers import Layer, of_transformers
-from .timing import Arm, Clock, CudaClock, median_interval, time_in_turns, wall_clock
+from .report import results_file, write
+from .timing import Arm, Clock, median_interval, prepared_device, time_in_turns
 
 
 SHARES = (0.5, 0.25, 0.125)
@@ -48,14 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report."""
-    device = torch.device(options.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        name, clock = torch.cuda.get_device_name(), CudaClock()
-    else:
-        torch.set_num_threads(options.threads)
-        name = f"CPU, {options.threads} thread{'s' if options.threads > 1 else ''}"
-        clock = process_clock if options.threads == 1 else wall_clock
+    device, name, clock = prepared_device(options.device, options.threads)
     cells = {}
     shapes = options.shapes or SHOWN[device.type]
     for shape, dtype, tokens in itertools.product(shapes, options.dtypes, options.tokens):
@@ -66,19 +56,9 @@ def run(options: argparse.Namespace) -> int:
             model, DTYPES[dtype], tokens, device, clock=clock, blocks=options.blocks, steps=options.steps
         )
     results = {"benchmark": "neurons", "device": name, "versions": versions(), "cells": cells}
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"neurons-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(text := markdown(results), encoding="utf-8")
-    print(f"{text}\nWrote {path.name} and its .md.")
+    path = results_file(options.output, "neurons", name)
+    print(f"{write(results, markdown(results), path)}\nWrote {path.name} and its .md.")
     return 0
-
-
-def process_clock(step: Callable[[], object]) -> float:
-    """Processor time of a step, which the work of others on the machine hardly changes. Of one thread only."""
-    start = time.process_time()
-    step()
-    return time.process_time() - start
 
 
 @torch.inference_mode()

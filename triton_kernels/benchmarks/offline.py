@@ -21,6 +21,7 @@ NOT_MEASURED = (
 
 def write(folder: Path, tokens: Iterable[int], *, jobs: int) -> None:
     """Write `compile-sm_*.json`/`.md` and `experts-offline.json`/`.md` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     for arch in ARCHS:
         print(f"compiling for sm_{arch}", flush=True)
         path = folder / f"compile-sm_{arch}.json"

