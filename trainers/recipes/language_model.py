@@ -28,9 +28,10 @@ from transformers.utils import logging
 from ..callbacks import ProgressiveSparsificationCallback
 from ..data import corpus_fingerprint, load_text_dataset, load_tokenizer, pack_documents, train_tokenizer
 from ..evaluation import held_out_loss
-from ..reliability.checkpoints import find_last_valid_checkpoint
+from ..reliability.checkpoints import checkpoint_folders, find_last_valid_checkpoint
 from ..report import write_text_atomically
 from .arguments import DataArguments
+from .expert_parallel import divide_experts
 from .training import build_trainer, train
 
 
@@ -124,9 +125,11 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     optimizer: tuple[type, dict] | None = None,
+    expert_parallel_size: int = 1,
 ) -> Fit:
     """Train `model` into `args.output_dir` and leave it in its trained state; what came out is kept in `fit.json`.
-    `optimizer`: Trainer's `optimizer_cls_and_kwargs`; by default what the arguments say.
+    `optimizer`: Trainer's `optimizer_cls_and_kwargs`; by default what the arguments say. With `expert_parallel_size`
+    above 1 a divided copy is trained, see `expert_parallel.py`, and `model` itself stays as it was.
 
     Called again in the same folder with the same configuration it goes on from the last complete checkpoint, or, if
     the run was finished, only loads. Raises `ValueError` if the folder holds a run with another configuration.
@@ -140,8 +143,14 @@ def fit(
         restore_weights(model, folder)
         return known
 
+    if divides := expert_parallel_size > 1:
+        if begun := args.resume_from_checkpoint or checkpoint_folders(folder):
+            raise ValueError(
+                f"{begun} cannot be gone on from with expert_parallel_size={expert_parallel_size}: transformers' "
+                "Trainer keeps no optimizer state of such a model. Choose an empty --output_dir."
+            )
     trainer = build_trainer(
-        model,
+        divide_experts(model, expert_parallel_size, folder / "start") if divides else model,
         args,
         callbacks,
         optimizer=optimizer,

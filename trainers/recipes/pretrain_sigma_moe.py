@@ -27,6 +27,7 @@ from transformers.utils import logging
 from hf_models.moe import SIGMA_MOE_TINY_INITIAL_TOP_K
 
 from .arguments import DataArguments, RecipeTrainingArguments, parse_arguments, training_arguments_of
+from .expert_parallel import require_expert_parallel
 from .language_model import Fit, fit, prepare_language_data, require_writable
 from .moe_family import OPTIMIZER, model_config
 from .sigma_moe_arms import ARMS, Schedule, build_arm
@@ -53,6 +54,13 @@ class SigmaMoeArguments:
         metadata={"help": "Fraction of the run after which every layer activates one expert (our proposal)."},
     )
     router_aux_loss_coef: float | None = dataclasses.field(default=None, metadata={"help": "Default: the preset's."})
+    experts_implementation: str | None = dataclasses.field(
+        default=None, metadata={"help": "Backend of the experts, such as sigma_triton; default: transformers'."}
+    )
+    expert_parallel_size: int = dataclasses.field(
+        default=1,
+        metadata={"help": "Processes that own the experts of one model and exchange tokens; cannot be resumed."},
+    )
     baselines: list[str] = dataclasses.field(
         default_factory=list,
         metadata={
@@ -126,6 +134,8 @@ def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, tra
     require_writable(folder)
     data = prepare_language_data(data_args, training_args)
     config = model_config(args, data, data_args.sequence_length)
+    if args.expert_parallel_size != 1:
+        require_expert_parallel(args.expert_parallel_size, config.num_experts, training_args)
     main_arm = "progressive" if args.initial_top_k else "lbl_top1"
     schedule = Schedule(args.initial_top_k or [1] * config.num_hidden_layers, args.switch_at)
 
@@ -141,10 +151,13 @@ def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, tra
                 own_args, output_dir=str(folder / "baselines" / name), resume_from_checkpoint=None
             )
         model, callbacks = build_arm(name.removesuffix("_equal_seconds"), config, schedule, training_args.seed)
+        if name == main_arm and args.experts_implementation:
+            model.set_experts_implementation(args.experts_implementation)
         if name == "progressive":
             callbacks = [SwitchProbe(callbacks[0], data), *callbacks, LiveBalanceFigure()]
         print(f"\n{name}: {model.num_parameters() / 1e6:.1f}M parameters, {own_args.max_steps} steps", flush=True)
-        fits[name] = fit(name, model, data, own_args, callbacks)
+        ranks = args.expert_parallel_size if name == main_arm else 1
+        fits[name] = fit(name, model, data, own_args, callbacks, expert_parallel_size=ranks)
         if name == main_arm:
             trained = model
 
