@@ -346,6 +346,22 @@ def test_the_cost_of_msign_is_that_of_the_committed_report():
     assert f"between {percent['low']} and {percent['high']}" in section
 
 
+def test_the_speed_of_rounds_is_that_of_the_committed_reports():
+    folder, section = ROOT / "trainers" / "benchmarks" / "results", " ".join(README.split())
+    for shape, words in (
+        ("lr-1", "{:.1f} times as many client updates a second as Flower's own FedAvg"),
+        ("deepfm-5", "and {:.1f} times as many where it is five steps of DeepFM"),
+    ):
+        (file,) = folder.glob(f"federated_flower-{shape}-steps-*.json")
+        report = json.loads(file.read_text())
+        (plain,) = [c for c in report["comparisons"] if c["baseline"].startswith("Flower's FedAvg")]
+        assert words.format(plain["speedup"][0]) in section and plain["verdict"] == "fails"
+        assert max(report["load_average"]) < 2, "measured on a machine that others used"
+    (file,) = folder.glob("federated-*.json")
+    (loop,) = json.loads(file.read_text())["comparisons"]
+    assert 0.95 < loop["wall"]["ratio"]["median"] < 1.05, "torch's own time, as in a plain loop"
+
+
 def test_the_numbers_of_growth_are_those_of_the_committed_results():
     metrics, section = measured("growth"), " ".join(README.split("## What was measured so far")[1].split())
     depth, width = metrics["held_out_bits_depth"], metrics["held_out_bits_width"]
