@@ -147,13 +147,18 @@ class SigmaMoeSparseMoeBlock(Qwen3MoeSparseMoeBlock):
         nn.Module.__init__(self)  # the parent would build its own experts first
         self.experts = SigmaMoeExperts(config, layer_idx)
         self.gate = router_class(config, layer_idx)
-        if self.gate.leaves_out_experts:
+        self.num_experts = config.num_experts
+        self.leaves_out_experts = router_class.leaves_out_experts
+        if self.leaves_out_experts:
             # transformers' experts look for indices without an expert under expert parallelism only.
             self.experts._is_expert_parallel = True
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, indices = self.gate(flat)
+        if self.leaves_out_experts and getattr(self.experts, "num_experts", self.num_experts) < self.num_experts:
+            # Experts that are divided among ranks exchange tokens by index; weights of those left out are 0.
+            indices = indices.clamp(max=self.num_experts - 1)
         # Kernels want the weights in the activations' dtype; the sum over experts stays in theirs.
         return self.experts(flat, indices, weights.to(flat.dtype)).reshape(hidden_states.shape)
 

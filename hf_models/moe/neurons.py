@@ -202,7 +202,8 @@ class NeuronSparseExperts(_NeuronSparse):
         if records and getattr(self, "_is_expert_parallel", False):
             raise ValueError(
                 "neuron_aux_loss_coef > 0: under expert parallelism the tokens of an expert come from several ranks, "
-                "without their padding, so that its neurons cannot be counted. Set it to 0, or train with FSDP."
+                "without their padding, so that its neurons cannot be counted; nor are they behind a router that "
+                "leaves experts out. Set it to 0, or train with FSDP."
             )
         if backend == "eager":
             return self._eager_forward(hidden_states, top_k_index, top_k_weights)

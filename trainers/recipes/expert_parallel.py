@@ -1,5 +1,6 @@
 """Expert parallelism in a recipe: the ranks own experts and exchange tokens; everything else is sharded by FSDP2."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.distributed import DistributedConfig
+
+
+# What needs the model in one piece -> its value where it is not wanted.
+_OF_WHOLE_MODELS = {"optimizer": "base", "reliability": "off", "load_best_model_at_end": False, "torch_compile": False}
 
 
 def require_expert_parallel(size: int, num_experts: int, args: TrainingArguments) -> None:
@@ -27,21 +32,28 @@ def require_expert_parallel(size: int, num_experts: int, args: TrainingArguments
             f"expert_parallel_size={size}: transformers' Trainer keeps no optimizer state of such a model, so the run "
             "cannot be resumed. Give --save_only_model true (or --save_strategy no) if that will do."
         )
-    if getattr(args, "optimizer", "base") != "base" or args.fsdp:
+    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
-            f"expert_parallel_size={size} shards the model itself: leave --fsdp and --optimizer msign out, and launch "
-            "without an FSDP config."
+            f"expert_parallel_size={size} shards the model itself: leave --fsdp out, and launch without a config that "
+            "has it."
         )
+    for name, plain in _OF_WHOLE_MODELS.items():
+        if (value := getattr(args, name, plain)) != plain:
+            raise ValueError(
+                f"expert_parallel_size={size}: --{name} {value} does not work with a model in parts. Leave it out."
+            )
 
 
 def divide_experts(model: PreTrainedModel, size: int, folder: Path) -> PreTrainedModel:
-    """`model` with its experts divided among `size` ranks and everything else among all ranks.
+    """`model` with its experts divided among `size` ranks and everything else among all ranks; `model` itself is
+    emptied (on the meta device).
 
     The weights pass through `folder`, which has to be on a disk that all nodes share and is removed again; each rank
     reads what is its own.
     """
     if dist.get_rank() == 0:
         model.save_pretrained(folder)
+    model.to("meta")
     dist.barrier()
     sharding = DistributedConfig(fsdp_size=dist.get_world_size(), ep_size=size)
     divided = type(model).from_pretrained(

@@ -129,7 +129,7 @@ def fit(
 ) -> Fit:
     """Train `model` into `args.output_dir` and leave it in its trained state; what came out is kept in `fit.json`.
     `optimizer`: Trainer's `optimizer_cls_and_kwargs`; by default what the arguments say. With `expert_parallel_size`
-    above 1 a divided copy is trained, see `expert_parallel.py`, and `model` itself stays as it was.
+    above 1 a divided copy is trained, see `expert_parallel.py`, and `model` itself is emptied.
 
     Called again in the same folder with the same configuration it goes on from the last complete checkpoint, or, if
     the run was finished, only loads. Raises `ValueError` if the folder holds a run with another configuration.
@@ -144,7 +144,7 @@ def fit(
         return known
 
     if divides := expert_parallel_size > 1:
-        if begun := args.resume_from_checkpoint or checkpoint_folders(folder):
+        if begun := [args.resume_from_checkpoint or "", *checkpoint_folders(folder)][-1]:
             raise ValueError(
                 f"{begun} cannot be gone on from with expert_parallel_size={expert_parallel_size}: transformers' "
                 "Trainer keeps no optimizer state of such a model. Choose an empty --output_dir."
@@ -162,7 +162,7 @@ def fit(
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / FIT_NAME, json.dumps({"signature": signature}))
-    checkpoint = args.resume_from_checkpoint or find_last_valid_checkpoint(folder)
+    checkpoint = args.resume_from_checkpoint or _resumable(find_last_valid_checkpoint(folder))
     start = time.perf_counter()
     train_and_save(trainer, Path(checkpoint) if checkpoint else None)
     logger.info(f"{name}: {time.perf_counter() - start:.0f} s with evaluation and saving")
@@ -173,6 +173,16 @@ def fit(
             folder / FIT_NAME, json.dumps({"signature": signature, "fit": dataclasses.asdict(result)}, indent=1)
         )
     return result
+
+
+def _resumable(checkpoint: Path | None) -> Path | None:
+    """`checkpoint`, if it has an optimizer's state: without one Trainer would go on as if it had just begun."""
+    if checkpoint is not None and not any(checkpoint.glob("optimizer*")) and not any(checkpoint.glob("global_step*")):
+        raise ValueError(
+            f"{checkpoint} holds no optimizer state (--save_only_model), so the run cannot be gone on from it. Choose "
+            "an empty --output_dir; or start from these weights on purpose: --resume_from_checkpoint."
+        )
+    return checkpoint
 
 
 def _measured(name: str, trainer: Trainer, data: LanguageData) -> Fit:

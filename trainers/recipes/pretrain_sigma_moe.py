@@ -54,13 +54,6 @@ class SigmaMoeArguments:
         metadata={"help": "Fraction of the run after which every layer activates one expert (our proposal)."},
     )
     router_aux_loss_coef: float | None = dataclasses.field(default=None, metadata={"help": "Default: the preset's."})
-    experts_implementation: str | None = dataclasses.field(
-        default=None, metadata={"help": "Backend of the experts, such as sigma_triton; default: transformers'."}
-    )
-    expert_parallel_size: int = dataclasses.field(
-        default=1,
-        metadata={"help": "Processes that own the experts of one model and exchange tokens; cannot be resumed."},
-    )
     baselines: list[str] = dataclasses.field(
         default_factory=list,
         metadata={
@@ -70,6 +63,20 @@ class SigmaMoeArguments:
     num_completions: int = dataclasses.field(default=0, metadata={"help": "Held-out Python functions to complete."})
     ngram_order: int = dataclasses.field(
         default=0, metadata={"help": "Compare with a character n-gram model; 0: do not."}
+    )
+
+
+@dataclasses.dataclass
+class PretrainArguments(SigmaMoeArguments):
+    """And how its experts are computed."""
+
+    experts_implementation: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Backend of the experts of every run, such as sigma_triton; default: transformers'."},
+    )
+    expert_parallel_size: int = dataclasses.field(
+        default=1,
+        metadata={"help": "Processes that own the experts of one model and exchange tokens; cannot be resumed."},
     )
 
 
@@ -127,7 +134,7 @@ PRESETS = {
 }
 
 
-def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
+def pretrain(preset: str, args: PretrainArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
     """Train the model and its baselines, measure, and write `results.json`; the run folder is returned."""
     start = time.perf_counter()
     folder = Path(training_args.output_dir)
@@ -136,6 +143,11 @@ def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, tra
     config = model_config(args, data, data_args.sequence_length)
     if args.expert_parallel_size != 1:
         require_expert_parallel(args.expert_parallel_size, config.num_experts, training_args)
+        if args.baselines:
+            raise ValueError(
+                f"expert_parallel_size={args.expert_parallel_size}: baselines would run otherwise, and their seconds "
+                "would not compare. Leave --baselines empty."
+            )
     main_arm = "progressive" if args.initial_top_k else "lbl_top1"
     schedule = Schedule(args.initial_top_k or [1] * config.num_hidden_layers, args.switch_at)
 
@@ -151,13 +163,12 @@ def pretrain(preset: str, args: SigmaMoeArguments, data_args: DataArguments, tra
                 own_args, output_dir=str(folder / "baselines" / name), resume_from_checkpoint=None
             )
         model, callbacks = build_arm(name.removesuffix("_equal_seconds"), config, schedule, training_args.seed)
-        if name == main_arm and args.experts_implementation:
+        if args.experts_implementation and hasattr(model.config, "num_experts"):
             model.set_experts_implementation(args.experts_implementation)
         if name == "progressive":
             callbacks = [SwitchProbe(callbacks[0], data), *callbacks, LiveBalanceFigure()]
         print(f"\n{name}: {model.num_parameters() / 1e6:.1f}M parameters, {own_args.max_steps} steps", flush=True)
-        ranks = args.expert_parallel_size if name == main_arm else 1
-        fits[name] = fit(name, model, data, own_args, callbacks, expert_parallel_size=ranks)
+        fits[name] = fit(name, model, data, own_args, callbacks, expert_parallel_size=args.expert_parallel_size)
         if name == main_arm:
             trained = model
 
@@ -198,7 +209,7 @@ def _require_equal(reloaded: PreTrainedModel, trained: PreTrainedModel, tokenize
 def main(argv: list[str] | None = None) -> None:
     """Command-line entry; see the module's docstring."""
     preset, (args, data_args, training_args) = parse_arguments(
-        (SigmaMoeArguments, DataArguments, RecipeTrainingArguments), PRESETS, argv, default_preset="demo"
+        (PretrainArguments, DataArguments, RecipeTrainingArguments), PRESETS, argv, default_preset="demo"
     )
     # Known before hours of training, not after.
     unknown = sorted(set(args.baselines) - {*ARMS, "dense_equal_seconds"})
@@ -216,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         pretrain(preset, args, data_args, training_args)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command goes on from the last checkpoint in {training_args.output_dir}.")
+        goes_on = f"The same command goes on from the last checkpoint in {training_args.output_dir}."
+        print("\nInterrupted." if args.expert_parallel_size > 1 else f"\nInterrupted. {goes_on}")
         sys.exit(130)
 
 

@@ -75,6 +75,8 @@ def describe_run(
             "learning_rate": main.learning_rate,
             "initial_top_k": args.initial_top_k,
             "switch_at": args.switch_at,
+            "experts_implementation": args.experts_implementation or "transformers' default",
+            "expert_parallel_size": args.expert_parallel_size,
         },
         data=describe_data(data_args, data.fingerprint, packing_note(data_args, data)),
         model=describe_model(model),

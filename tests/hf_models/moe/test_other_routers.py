@@ -5,14 +5,20 @@ The router here is top-p's (Dynamic-MoE, arXiv 2403.07652), as its formula was k
 experts until their probabilities reach p.
 """
 
+import tempfile
+
 import pytest
 import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GenerationMixin
+from transformers.distributed import DistributedConfig
 
 from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM, SigmaMoeModel
 from hf_models.moe.balance import expert_counts
 from hf_models.moe.modeling_sigma_moe import SigmaMoeTopKRouter
+from tests.gloo_ranks import results_of_ranks
 
 
 EXPERTS, TOP_P = 6, 0.6
@@ -129,6 +135,15 @@ def test_it_comes_back_from_a_folder(tmp_path):
     assert torch.equal(back(ids).logits, model(ids).logits)
 
 
+def test_adapters_on_router_and_experts_learn():
+    lora = LoraConfig(target_parameters=["gate.weight", "experts.down_proj"], task_type="CAUSAL_LM")
+    model, ids = get_peft_model(build(), lora).train(), torch.randint(1, 40, (2, 12))
+    torch.testing.assert_close(model(ids).logits, build()(ids).logits)
+    model(ids, labels=ids).loss.backward()
+    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert len(learned) == 2 * 2  # B starts at zero, so that only it has a gradient
+
+
 def test_another_step_of_the_router():
     model = build(CosineModel)
     routers, hidden = model.routers, torch.randn(7, 32)
@@ -139,3 +154,51 @@ def test_another_step_of_the_router():
     torch.testing.assert_close(weights, expected.values)
     assert torch.equal(indices, expected.indices)
     assert not getattr(model.layers[0].mlp.experts, "_is_expert_parallel", False)
+
+
+# --- experts that are divided among ranks ----------------------------------------------------------------------------
+
+
+ROWS = torch.randint(1, 40, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+def learned(model, ids):
+    out = model.train()(ids, labels=ids)
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return out.logits.detach(), {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
+
+
+def job_divided():
+    shared = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(shared)
+    if dist.get_rank() == 0:
+        build(router_aux_loss_coef=0.0).save_pretrained(shared[0])
+    dist.barrier()
+    sharding, results = DistributedConfig(fsdp_size=2, ep_size=2), {}
+    for backend in ("grouped_mm", "sigma_triton"):
+        model = TopPForCausalLM.from_pretrained(
+            shared[0], distributed_config=sharding, experts_implementation=backend, dtype=torch.float32
+        )
+        own = model.model.layers[0].mlp.experts.down_proj.to_local().shape[0]
+        results[backend] = own, *learned(model, ROWS[dist.get_rank()][None])
+    return results
+
+
+JOBS = {"divided": job_divided}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "ep_size" not in DistributedConfig.__dataclass_fields__, reason="this transformers exchanges no tokens"
+)
+def test_two_ranks_with_half_of_the_experts_each_learn_as_one(tmp_path):
+    of_ranks = results_of_ranks(__name__, tmp_path)("divided")
+    expected = [learned(build(router_aux_loss_coef=0.0), row[None]) for row in ROWS]
+    for (logits, _), results in zip(expected, of_ranks, strict=True):
+        for own, found, gradients in results.values():
+            assert own == EXPERTS // 2
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+            for name, gradient in gradients.items():
+                mean = (expected[0][1][name] + expected[1][1][name]) / 2
+                torch.testing.assert_close(gradient, mean, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

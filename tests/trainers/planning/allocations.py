@@ -15,7 +15,7 @@ GLOO_LETS_GO_AFTER = 0.005  # seconds
 
 
 class InOrder(TorchDispatchMode):
-    """Every collective is over, and its buffers are freed, before the next operation, as on a CUDA stream.
+    """Every collective is over before the next operation, and its buffers are freed, as on a CUDA stream.
 
     gloo works in threads of its own. One that is still at work, or has not been scheduled since, keeps the buffers;
     and when it is the last to hold them, the profiler, which does not watch it, counts them to the end of the run.
@@ -27,6 +27,8 @@ class InOrder(TorchDispatchMode):
             for part in result if isinstance(result, tuple) else (result,):
                 if isinstance(part, torch.ScriptObject):
                     dist.Work.unbox(part).wait()
+                elif func.namespace == "_c10d_functional" and torch.is_tensor(part):
+                    torch.ops._c10d_functional.wait_tensor(part)
             time.sleep(GLOO_LETS_GO_AFTER)
         return result
 

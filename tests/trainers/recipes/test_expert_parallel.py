@@ -1,4 +1,4 @@
-"""A recipe whose two processes divide the experts between them learns what one process learns."""
+"""A recipe whose processes divide the experts among them learns what one process learns."""
 
 import json
 import tempfile
@@ -14,6 +14,7 @@ from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM, configuration_sig
 from tests.gloo_ranks import results_of_ranks
 from tests.trainers.recipes.test_language_model import TINY, losses, write_corpus
 from tests.trainers.recipes.test_pretrain_sigma_moe import LAUNCHERS, SEQUENCE, fit_of, plain, start
+from trainers.recipes import pretrain_sigma_moe
 from trainers.recipes.arguments import RecipeTrainingArguments
 from trainers.recipes.expert_parallel import divide_experts, require_expert_parallel
 from trainers.recipes.pretrain_sigma_moe import main
@@ -33,38 +34,50 @@ def tiny(monkeypatch):
 
 @EXCHANGES_TOKENS
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["grouped_mm", "sigma_triton"])
-def test_two_processes_are_one(tmp_path, monkeypatch, backend):
-    homes = [tmp_path / name for name in ("two", "one")]
+@pytest.mark.parametrize(("processes", "backend"), [(2, "grouped_mm"), (4, "sigma_triton")])
+def test_several_processes_are_one(tmp_path, monkeypatch, processes, backend):
+    homes = [tmp_path / name for name in ("several", "one")]
     for home in homes:
         write_corpus(home / "corpus")
-    divided = {"expert_parallel_size": 2, "save_only_model": True, "experts_implementation": backend}
-    argv = plain(**OPTIONS | divided)
-    process = start(homes[0], LAUNCHERS["torchrun"], *argv, ACCELERATE_USE_CPU="true", EXPECTED_WORLD="2")
+    divided = {"expert_parallel_size": processes, "save_only_model": True, "experts_implementation": backend}
+    argv = plain(per_device_train_batch_size=4 // processes, **OPTIONS | divided)
+    launcher = [*LAUNCHERS["torchrun"][:-1], str(processes)]
+    environment = {"ACCELERATE_USE_CPU": "true", "EXPECTED_WORLD": str(processes)}
+    process = start(homes[0], launcher, *argv, **environment)
     assert process.wait(timeout=500) == 0, (homes[0] / "out.txt").read_text()[-5000:]
 
     monkeypatch.chdir(homes[1])
     main(plain(per_device_train_batch_size=4, **OPTIONS))
-    two, one = (fit_of(home / "run") for home in homes)
-    assert (two.steps, two.tokens) == (one.steps, one.tokens) == (6, 6 * 4 * SEQUENCE)
-    assert two.parameters == one.parameters
-    for a, b in zip(losses(two.history), losses(one.history), strict=True):
+    several, one = (fit_of(home / "run") for home in homes)
+    assert (several.steps, several.tokens) == (one.steps, one.tokens) == (6, 6 * 4 * SEQUENCE)
+    assert several.parameters == one.parameters
+    for a, b in zip(losses(several.history), losses(one.history), strict=True):
         for field in ("loss", "eval_loss", "grad_norm", "moe/max_violation", "moe/load_balancing_loss"):
             if field in b:
                 assert a[field] == pytest.approx(b[field], rel=2e-5), (a["step"], field)
-    assert two.nats_per_token == pytest.approx(one.nats_per_token, rel=1e-5)
+    assert several.nats_per_token == pytest.approx(one.nats_per_token, rel=1e-5)
     saved = [load_file(home / "run" / "model.safetensors") for home in homes]
     assert saved[0].keys() == saved[1].keys()
     for name, tensor in saved[1].items():
         torch.testing.assert_close(saved[0][name], tensor, rtol=1e-3, atol=1e-5)
+    code = [{path.name: path.read_bytes() for path in (home / "run").glob("*.py")} for home in homes]
+    assert code[0] == code[1] and "modeling_sigma_moe.py" in code[0]
+    maps = [json.loads((home / "run" / "config.json").read_text())["auto_map"] for home in homes]
+    assert maps[0] == maps[1]
     assert not (homes[0] / "run" / "start").exists() and (homes[0] / "run" / "results.json").exists()
 
-    # What Trainer keeps of such a run is not enough to go on.
-    file = homes[0] / "run" / "fit.json"
-    file.write_text(json.dumps({"signature": json.loads(file.read_text())["signature"]}))
-    again = start(homes[0], LAUNCHERS["torchrun"], *argv, ACCELERATE_USE_CPU="true", EXPECTED_WORLD="2")
+    # What Trainer keeps of such a run is not enough to go on, neither so nor in one process.
+    for home in homes:
+        file = home / "run" / "fit.json"
+        file.write_text(json.dumps({"signature": json.loads(file.read_text())["signature"]}))
+    again = start(homes[0], launcher, *argv, **environment)
     assert again.wait(timeout=500) != 0
-    assert "cannot be gone on from with expert_parallel_size=2" in (homes[0] / "out.txt").read_text()
+    refusal = f"checkpoint-6 cannot be gone on from with expert_parallel_size={processes}"
+    assert refusal in (homes[0] / "out.txt").read_text()
+    for path in (homes[1] / "run" / "checkpoint-6").glob("optimizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="checkpoint-6 holds no optimizer state .*--save_only_model"):
+        main(plain(per_device_train_batch_size=4, **OPTIONS))
 
 
 # --- what a rank holds ----------------------------------------------------------------------------------------------
@@ -111,9 +124,14 @@ def test_a_number_that_does_not_divide(tmp_path, size):
 
 
 @EXCHANGES_TOKENS
-def test_what_cannot_be_with_it(tmp_path):
+def test_what_cannot_be_with_it(tmp_path, monkeypatch):
     assert "--save_only_model" in refused(tmp_path)
-    assert "--optimizer msign out" in refused(tmp_path, save_strategy="no", optimizer="msign")
+    for name, value in {"optimizer": "msign", "reliability": "on", "torch_compile": True}.items():
+        found = refused(tmp_path, save_strategy="no", **{name: value})
+        assert f"--{name} {value} does not work with a model in parts. Leave it out." in found
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "leave --fsdp out" in refused(tmp_path, save_strategy="no")
+    monkeypatch.undo()
     args = RecipeTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", save_only_model=True)
     require_expert_parallel(1, 4, args)
 
@@ -123,4 +141,14 @@ def test_the_recipe_refuses_before_it_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="expert_parallel_size=3 divides 4 experts"):
         main(plain(expert_parallel_size=3))
+    assert not (tmp_path / "run" / "fit.json").exists()
+
+
+def test_baselines_are_refused(tmp_path, monkeypatch):
+    """Once the run itself is found to be possible, which takes several processes."""
+    write_corpus(tmp_path / "corpus")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretrain_sigma_moe, "require_expert_parallel", lambda *_: None)
+    with pytest.raises(ValueError, match="expert_parallel_size=2.*Leave --baselines empty"):
+        main(plain(expert_parallel_size=2, baselines=["dense"]))
     assert not (tmp_path / "run" / "fit.json").exists()
