@@ -8,25 +8,25 @@ import torch
 class Placed(NamedTuple):
     """A batch with the user's tokens in it.
 
-    `embeds (batch, length + tokens, width)`, `mask (batch, length + tokens)`, and `order (batch, length + tokens)`:
-    which entry of [text, user tokens] stands at each place.
+    `embeds (batch, length + tokens, width)`, `mask (batch, length + tokens)`, `order (batch, length + tokens)`: which
+    entry of [text, user tokens] stands at each place, and `places (batch, length + tokens)`: where each entry stands.
     """
 
     embeds: torch.Tensor
     mask: torch.Tensor
     order: torch.Tensor
+    places: torch.Tensor
 
     def of_text(self, states: torch.Tensor, length: int) -> torch.Tensor:
-        """`states (batch, length + tokens, ...)` of the text alone, in the text's own order."""
-        places = self.order.argsort(dim=1)[:, :length]  # (batch, length)
-        return states.take_along_dim(places[..., None], dim=1)
+        """`states (batch, length + tokens, width)` of the text alone, in the text's own order."""
+        return states.gather(1, self.places[:, :length, None].expand(-1, -1, states.shape[2]))
 
     def extend(self, values: torch.Tensor, fill: int | torch.Tensor) -> torch.Tensor:
         """`values (batch, length)` of the text in the places of their tokens, `fill` at the user's."""
         batch, count = self.order.shape[0], self.order.shape[1] - values.shape[1]
         values = values.expand(batch, -1)
         own = torch.as_tensor(fill, dtype=values.dtype, device=values.device).expand(batch, count)
-        return torch.cat([values, own], dim=1).take_along_dim(self.order, dim=1)
+        return torch.cat([values, own], dim=1).gather(1, self.order)
 
     def labels(self, labels: torch.Tensor) -> torch.Tensor:
         """`labels (batch, length)` in the places of their tokens; -100 at the user's."""
@@ -79,9 +79,19 @@ def place_user_tokens(
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(batch, tokens)], dim=1)
         user_key = 0 if position == "prefix" else 2
         key = torch.cat([key, key.new_full((batch, tokens), user_key)], dim=1)
-    order = key.argsort(dim=1, stable=True)
-    embeds = text_embeds.take_along_dim(order[..., None].expand(-1, -1, width), dim=1)
-    return Placed(embeds, attention_mask.take_along_dim(order, dim=1), order)
+    places = _stable_ranks(key)
+    order = torch.empty_like(places).scatter_(1, places, torch.arange(key.shape[1], device=key.device).expand_as(key))
+    embeds = text_embeds.gather(1, order[..., None].expand(-1, -1, width))
+    return Placed(embeds, attention_mask.gather(1, order), order, places)
+
+
+def _stable_ranks(key: torch.Tensor) -> torch.Tensor:
+    """Where a stable sort of each row of `key (batch, length)` puts its entries, by counting: a graph with a sort in
+    it is exported for one size only, or, to ONNX, not at all."""
+    same = (key[..., None] == torch.arange(-1, 4, device=key.device)).long()  # (batch, length, keys)
+    smaller = same.sum(dim=1, keepdim=True)
+    smaller = smaller.cumsum(dim=-1) - smaller
+    return (same * (same.cumsum(dim=1) - 1 + smaller)).sum(dim=-1)
 
 
 def check_user_embeds(user_embeds: torch.Tensor, batch: int, tokens: int, width: int) -> None:

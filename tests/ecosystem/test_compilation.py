@@ -57,3 +57,19 @@ def test_compiled_training_has_no_graph_break_and_learns_the_same(family, tmp_pa
     assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
     eager = losses(train(family.model(**family.smaller), tmp_path))
     torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-3, atol=0)
+
+
+@torch.no_grad()  # FlexAttention has no backward on a CPU
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("padded", [0, 3])
+@pytest.mark.compatibility("Attention: FlexAttention", library="transformers", note="on a CPU forward only")
+def test_flex_attention_gives_what_sdpa_gives(family, padded):
+    model, ids = family.model(**family.smaller, head_dim=16), torch.randint(1, 40, (2, 16))
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    found = []
+    for backend in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(backend)
+        found.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)

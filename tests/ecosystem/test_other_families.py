@@ -7,10 +7,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, pipeline
 
 from hf_models.m3bert import M3BertConfig, M3BertForMaskedLM
-from tests.ecosystem.families import LEARNERS, TEXT_WRITERS
+from tests.ecosystem.families import LEARNERS, TEXT_WRITERS, personal_writer
+from tests.ecosystem.test_compilation import needs_compiler
 from tests.ecosystem.test_sft import CHATS, OPTIONS
 from tests.hf_models.dc_ccl import tiny_dc_ccl
-from tests.hf_models.personal_lm.tiny_personal_lm import classifier, draws, language_model, texts
+from tests.hf_models.dot_cbm import tiny_dot_cbm
+from tests.hf_models.personal_lm.tiny_personal_lm import base_config, classifier, draws, language_model, texts
 from trainers.data import train_encoder_tokenizer
 
 
@@ -131,3 +133,81 @@ def test_adapters_learn_in_every_submodel_and_come_back(tmp_path):
         found = again(**inputs, labels=tiny_dc_ccl.LABELS)
         torch.testing.assert_close(found.logits, adapted.eval()(**inputs).logits)
     assert found.loss < tiny_dc_ccl.tiny("vit")(**inputs, labels=tiny_dc_ccl.LABELS).loss
+
+
+IN_BF16 = [family for family in LEARNERS if family.method in ("dc_ccl", "personal_lm")]
+
+
+@pytest.mark.parametrize("family", IN_BF16, ids=lambda family: family.method)
+@pytest.mark.compatibility("bf16 training", library="transformers")
+def test_training_in_bf16_learns_what_fp32_learns(family, tmp_path):
+    found = []
+    for half in (True, False):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=6, logging_steps=1, learning_rate=1e-2, save_strategy="no", use_cpu=True,
+            report_to="none", disable_tqdm=True, bf16=half,
+        )  # fmt: skip
+        trainer = Trainer(family.model(), args, train_dataset=family.rows())
+        trainer.train()
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.model.parameters())
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert found[0] != found[1] and found[0][-1] < found[0][0]
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=0.02, atol=0.01)
+
+
+def flex_attention_agrees(model, inputs):
+    found = []
+    with torch.no_grad():  # it has no backward on a CPU
+        for backend in ("sdpa", "flex_attention"):
+            model.set_attn_implementation(backend)
+            found.append(model(**inputs).logits)
+    real = inputs["attention_mask"].bool() if found[0].ndim == 3 else slice(None)
+    torch.testing.assert_close(found[1][real], found[0][real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.compatibility(
+    "Attention: FlexAttention", method="personal_lm", note="of a base that has it; on a CPU forward only"
+)
+def test_flex_attention_of_the_base_gives_what_sdpa_gives():
+    flex_attention_agrees(language_model("llama"), texts("left") | {"user_embeds": draws(2, 2)})
+    flex_attention_agrees(classifier("llama"), texts("right") | {"user_embeds": draws()})
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.compatibility(
+    "Attention: FlexAttention", method="dc_ccl", note="where every submodel has it; on a CPU forward only"
+)
+def test_flex_attention_of_the_submodels_gives_what_sdpa_gives():
+    flex_attention_agrees(tiny_dc_ccl.tiny("vit"), {"pixel_values": tiny_dc_ccl.images()})
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.compatibility(
+    "Attention: FlexAttention", method="dot_cbm", note="of a backbone that has it; on a CPU forward only"
+)
+def test_flex_attention_of_the_backbone_gives_what_sdpa_gives():
+    flex_attention_agrees(tiny_dot_cbm.tiny("dinov2"), {"pixel_values": tiny_dot_cbm.images()})
+
+
+@pytest.mark.compatibility(
+    'pipeline("text-generation") and pipeline("text-classification")',
+    method="personal_lm",
+    note="of nobody in particular: a pipeline has no place for draws",
+)
+def test_pipelines_write_and_classify_for_a_user_who_is_not_known(tokenizer, text_fields):
+    writer = personal_writer(**text_fields)
+    prompt = tokenizer("def add", return_tensors="pt")
+    out = writer.generate(**prompt, max_new_tokens=6, do_sample=False)
+    writes = pipeline("text-generation", model=writer, tokenizer=tokenizer, device="cpu")
+    (written,) = writes("def add", max_new_tokens=6, do_sample=False)
+    assert written["generated_text"] == tokenizer.decode(out[0], skip_special_tokens=True)
+    judge = classifier("llama", base_config=base_config("llama") | text_fields)
+    with torch.no_grad():
+        best = judge(**prompt).logits[0].softmax(-1).max(-1)
+    (label,) = pipeline("text-classification", model=judge, tokenizer=tokenizer, device="cpu")("def add")
+    assert label["label"] == judge.config.id2label[best.indices.item()]
+    assert label["score"] == pytest.approx(best.values.item(), rel=1e-5)
