@@ -16,6 +16,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .build/oldest
+BESIDE := .build/beside
 # Two workers with a pool of torch threads each would fight for two cores.
 PYTEST_FLAGS := -n 2 --durations=10
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_FLAGS)
@@ -41,18 +42,20 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch first and by itself: a resolver that sees everything at once may prefer another build of it.
-# $(1): the environment, $(2): its torch, $(3): its constraints.
+# $(1): the environment, $(2): its torch, $(3): its constraints, $(4): its extras.
 define install
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf-sigma needs Python 3.11: make PYTHON=python3.11")'
 $(PYTHON) -m venv $(1)
 $(1)/bin/pip install -c $(3) setuptools
 $(1)/bin/pip install -c $(3) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==$(2)
-$(1)/bin/pip install -c $(3) --no-build-isolation -e '.[test]'
+$(1)/bin/pip install -c $(3) --no-build-isolation -e '.[$(4)]'
 touch $(1)/.installed
 endef
 
+PINNED_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
 $(INSTALLED): pyproject.toml constraints.txt
-	$(call install,$(VENV),$(shell sed -n 's/^torch==//p' constraints.txt),constraints.txt)
+	$(call install,$(VENV),$(PINNED_TORCH),constraints.txt,test)
 
 venv: $(INSTALLED)  ## .venv with the pinned set of constraints.txt
 
@@ -97,7 +100,7 @@ export LOWER_BOUNDS
 $(OLDEST)/.installed: pyproject.toml constraints.txt
 	mkdir -p .build
 	$(PYTHON) -c "$$LOWER_BOUNDS" $(OLDEST_TORCH) > .build/oldest.txt
-	$(call install,$(OLDEST),$(OLDEST_TORCH),.build/oldest.txt)
+	$(call install,$(OLDEST),$(OLDEST_TORCH),.build/oldest.txt,test)
 
 # Then both ends of the range against each other: what one saves and publishes, the other loads without this package.
 test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the model and Hub tests at the lower bounds of pyproject.toml
@@ -108,11 +111,19 @@ test-oldest: $(INSTALLED) $(OLDEST)/.installed  ## the model and Hub tests at th
 # leaves out what lies below another of its arguments.
 SUITES := $(addprefix tests/transformers_suite/suite_,sigma_moe.py mone.py m_moe.py)
 
-compatibility: $(INSTALLED)  ## what works with which model, measured anew: the tables of the cards, and the page of all
-	HF_SIGMA_COMPATIBILITY=model_cards $(PYTEST) -m "compatibility and not (gpu or oldest or interpreter)" $(ARGS) \
+# What is in no other environment, beside the pinned set; it wants an older pillow.
+BESIDE_EXTRAS := test,executorch,trackio
+
+$(BESIDE)/.installed: pyproject.toml constraints.txt
+	mkdir -p .build
+	grep -v '^pillow==' constraints.txt > .build/beside.txt
+	$(call install,$(BESIDE),$(PINNED_TORCH),.build/beside.txt,$(BESIDE_EXTRAS))
+
+compatibility: $(BESIDE)/.installed  ## what works with which model, measured anew: the tables of the cards, and the page of all
+	HF_SIGMA_COMPATIBILITY=model_cards OMP_NUM_THREADS=1 $(BESIDE)/bin/pytest $(PYTEST_FLAGS) -m "compatibility and not (gpu or oldest or interpreter)" $(ARGS) \
 		$$(grep -rl mark.compatibility tests --include='test_*.py') $(SUITES)
-	for table in model_cards/*/compatibility.json; do $(BIN)/python -m model_cards.build $$(dirname $$table); done
-	$(BIN)/python -m model_cards.matrix
+	for table in model_cards/*/compatibility.json; do $(BESIDE)/bin/python -m model_cards.build $$(dirname $$table); done
+	$(BESIDE)/bin/python -m model_cards.matrix
 
 faults: $(INSTALLED)  ## the table of faults in the card of the reliability set, done anew
 	HF_SIGMA_FAULTS=model_cards/reliability $(PYTEST) -m fault $(ARGS) tests/trainers

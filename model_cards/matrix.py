@@ -93,6 +93,7 @@ INAPPLICABLE = (
     (("Sentence Transformers", "MTEB"), ("dot_cbm", "ctr"), "reads no text"),
     (("Tensor parallelism",), ("dot_cbm", "ctr", "dc_ccl", "personal_lm"), "declares no plan"),
     (("Expert parallelism",), ("m3bert", "dot_cbm", "ctr", "dc_ccl", "personal_lm"), "no experts of its own"),
+    (("Kernels from the Hub",), ("m3bert", "dot_cbm"), "of our kernels, experts alone have that form"),
     (("Kernels from the Hub",), ("ctr", "dc_ccl", "personal_lm"), "uses none of our kernels"),
 )
 

@@ -102,7 +102,8 @@ def touched_rows(
     categorical_features: torch.Tensor | None,
     sequence_features: torch.Tensor | None,
 ) -> list[TouchedRows]:
-    """What a batch reads of the tables of `part`, whose name in the state dict is `prefix`."""
+    """What a batch, `categorical_features (batch, columns)` and `sequence_features (batch, sequences, length)`, reads
+    of the tables of `part`, whose name in the state dict is `prefix`."""
     ids = {name: [] for name in part.tables}
     if categorical_features is not None:
         for i, feature in enumerate(config.categorical):

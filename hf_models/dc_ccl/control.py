@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 
 def control_loss(control_logits: torch.Tensor, cloud_logits: torch.Tensor, kind: str = "mse") -> torch.Tensor:
-    r"""What the control model G is distilled by: a mean over examples, and over classes for the MSEs.
+    r"""What the control model G is distilled by, of logits `(batch, classes)`: a mean over examples, and over classes
+    for the MSEs.
 
     `"mse"`: \\(\overline{(G - F)^2}\\) on raw logits: they are added later, so their values count and not only their
     softmax. `"centered_mse"`: the same of logits without their mean over classes. `"kl"`: KL(softmax F || softmax G).
@@ -25,7 +26,7 @@ def control_loss(control_logits: torch.Tensor, cloud_logits: torch.Tensor, kind:
 
 
 def control_gap(control_logits: torch.Tensor, cloud_logits: torch.Tensor) -> torch.Tensor:
-    r"""Mean \\(\lVert F_c - G \rVert_2\\) over examples.
+    r"""Mean \\(\lVert F_c - G \rVert_2\\) over examples, a scalar, of logits `(batch, classes)`.
 
     With p = softmax(F_c + F_s) and q = softmax(G + F_s), the gradient of the cross-entropy in the co-submodel's logits
     is off by \\(\lVert p - q \rVert \le \tfrac12 \lVert F_c - G \rVert\\), as softmax is 1/2-Lipschitz: half of this

@@ -137,7 +137,8 @@ class DcCclPreTrainedModel(PreTrainedModel):
     # Branches
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What both submodels read: the shared encoder's output, or the input itself."""
+        """What both submodels read of `pixel_values (batch, channels, height, width)`: the shared encoder's output, or
+        the input itself."""
         if self.shared_encoder is None:
             return pixel_values
         with torch.set_grad_enabled(torch.is_grad_enabled() and _learns(self.shared_encoder, pixel_values)):

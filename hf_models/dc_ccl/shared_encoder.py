@@ -51,8 +51,8 @@ class DcCclSharedTokens(nn.Module):
 
 
 class DcCclSharedMap(nn.Module):
-    """In the place of a ResNet's stem: the map of the shared stem as it is, all of whose channels the submodel's first
-    convolutions read."""
+    """In the place of a ResNet's stem: the map `(batch, channels, height, width)` of the shared stem as it is, all of
+    whose channels the submodel's first convolutions read."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features

@@ -48,7 +48,8 @@ def inside_of(saliency: torch.Tensor, patch_mask: torch.Tensor | None) -> torch.
 
 
 def floored(marginal: torch.Tensor, floor: float, inside: torch.Tensor | None = None) -> torch.Tensor:
-    """At least `floor` before everything is normalised again; nothing outside of `inside`."""
+    """`marginal (..., N)`, at least `floor` before everything is normalised again; nothing outside of `inside`, bool
+    of the same shape."""
     marginal = marginal.clamp_min(floor)
     if inside is not None:
         marginal = marginal.masked_fill(~inside, 0.0)

@@ -187,8 +187,9 @@ class DotCbmModel(ConceptBankMixin, DotCbmPreTrainedModel):
         grid: tuple[int, int] | None,
         **recorded: Any,
     ) -> tuple[PatchTokens, tuple[int, int], Mapping]:
-        """Tokens and their grid, from the backbone or, with the `grid` that was given for them, from the cache; and
-        the backbone's output, empty where it did not run."""
+        """Tokens and their grid, from the backbone, which reads `pixel_values (batch, channels, height, width)`, or,
+        with the `grid` that was given for them, from the cache; and the backbone's output, empty where it did not
+        run."""
         if (pixel_values is None) == (patch_features is None):
             raise ValueError("You must specify exactly one of pixel_values or patch_features")
         if patch_features is None:

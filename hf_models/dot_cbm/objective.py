@@ -17,7 +17,9 @@ class ObjectiveMixin:
         labels: torch.Tensor | None,
         concept_labels: torch.Tensor | None,
     ) -> dict[str, torch.Tensor]:
-        """The terms of the objective that the given labels allow, each a mean over images."""
+        """The terms of the objective that the given labels allow, each a scalar, a mean over images.
+
+        `logits (batch, classes)`, `labels (batch,)`, `concept_labels (batch, concepts)` of 0 and 1."""
         losses = {}
         if concept_labels is not None and found.concept_logits is not None:
             losses["concept"] = concept_loss(found.concept_logits, concept_labels)

@@ -57,7 +57,8 @@ def sinkhorn_loop(
     num_iterations: int,
     rho: float | None = None,
 ) -> torch.Tensor:
-    """The fixed point in the log domain, from g = 0 and with k = rho / (rho + eps), or 1 without rho:
+    """The plan `(batch, N, M)` for `cost (batch, N, M)`, `theta (batch, N)` and `gamma (M,)`, in the dtype of `cost`:
+    the fixed point in the log domain, from g = 0 and with k = rho / (rho + eps), or 1 without rho:
 
         f_i = -k LSE_j(log gamma_j + g_j - c_ij / eps),   then   g_j = -k LSE_i(log theta_i + f_i - c_ij / eps)
         q_ij = theta_i gamma_j exp(f_i + g_j - c_ij / eps)

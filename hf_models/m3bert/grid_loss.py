@@ -68,7 +68,8 @@ def summed_cross_entropies(
 def chunked_cross_entropy(
     features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
 ) -> torch.Tensor:
-    """One of them, at most `LOGITS_AT_ONCE` logits at a time, which the backward pass computes again."""
+    """One of them, a scalar of `features (N, d)`, at most `LOGITS_AT_ONCE` logits at a time, which the backward pass
+    computes again."""
     weight = weight[:, : features.shape[1]]
 
     def of_chunk(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

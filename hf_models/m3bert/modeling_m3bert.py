@@ -163,7 +163,8 @@ class M3BertModel(M3BertPreTrainedModel):
     def embed(
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """The stream's first state, and cosine and sine of the rotary embeddings; 1 and 0 where there are none."""
+        """The stream's first state `(batch, tokens, hidden)`, and cosine and sine of the rotary embeddings `(batch,
+        tokens, head_dim)`; 1 and 0 where there are none."""
         if self.config.position_embedding_type == "absolute":
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
             one = inputs_embeds.new_ones(1, 1, self.config.head_dim)
@@ -186,7 +187,8 @@ class M3BertModel(M3BertPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> M3BertModelOutput:
         """Computes `exit_layer` layers (`None`: all) and returns the first `embed_dim` entries (`None`:
-        `config.embed_dim` or all) of their state.
+        `config.embed_dim` or all) of their state: `(batch, tokens)` ids, mask and positions, or `(batch, tokens,
+        hidden)` embeddings, to `last_hidden_state (batch, tokens, embed_dim)`.
 
         Where `position_ids` are not given, a text begins at position 0 on whichever side it is padded. A row without
         any token is computed as if it had no padding: what it gives is defined, and meaningless. `ValueError` for a
@@ -322,10 +324,10 @@ class M3BertForMaskedLM(M3BertPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> M3BertMaskedLMOutput:
-        """With `labels` (-100: nothing to predict), the loss is the weighted sum over the grid, or that of one cell
-        where `exit_layer` or `embed_dim` is given; each term is a mean over the labels, or their sum over
-        `num_items_in_batch`. Logits are those of the exit; `return_logits=None` leaves them out in training, when the
-        labels are there."""
+        """With `labels (batch, tokens)` (-100: nothing to predict), the loss is the weighted sum over the grid, or
+        that of one cell where `exit_layer` or `embed_dim` is given; each term is a mean over the labels, or their sum
+        over `num_items_in_batch`. Logits `(batch, tokens, vocabulary)` are those of the exit; `return_logits=None`
+        leaves them out in training, when the labels are there."""
         one_cell = exit_layer is not None or embed_dim is not None
         grid = labels is not None and not one_cell
         outputs = self.model(
@@ -381,6 +383,8 @@ class M3BertForSequenceClassification(M3BertPreTrainedModel):
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
+        """`logits (batch, num_labels)` of the pooled states; `labels (batch,)`, or `(batch, num_labels)` for several
+        classes at once, give the loss of `config.problem_type`, as in transformers."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,
@@ -418,6 +422,7 @@ class M3BertForTokenClassification(GenericForTokenClassification, M3BertPreTrain
         labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
+        """`logits (batch, tokens, num_labels)`; `labels (batch, tokens)` (-100: none) give their cross-entropy."""
         # The parent's without a cache among the arguments.
         return super().forward(
             input_ids=input_ids,
@@ -449,8 +454,8 @@ class M3BertForSentenceEmbedding(M3BertPreTrainedModel):
         output_exit_embeddings: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> M3BertSentenceEmbeddingOutput:
-        """Embeddings at a cell of the grid: pooled over the tokens that are not padding, then cut, then brought to
-        length 1. A row of nothing but padding gives zeros."""
+        """Embeddings `(batch, embed_dim)` at a cell of the grid: pooled over the tokens that are not padding, then
+        cut, then brought to length 1. A row of nothing but padding gives zeros."""
         outputs = self.model(
             input_ids,
             attention_mask=attention_mask,

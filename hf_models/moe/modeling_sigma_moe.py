@@ -272,6 +272,9 @@ class SigmaMoeModel(SigmaMoePreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
+        """`(batch, tokens)` ids, mask (0: padding) and positions, or `(batch, tokens, hidden)` embeddings, to
+        `last_hidden_state (batch, tokens, hidden)`; `output_router_logits=True` adds `router_logits (batch * tokens,
+        experts)` of each layer, fp32. `ValueError` unless one of ids and embeddings is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -306,7 +309,9 @@ class SigmaMoeModel(SigmaMoePreTrainedModel):
 
 
 class SigmaMoeForCausalLM(RoutingLossMixin, ElasticGeneration, SigmaMoePreTrainedModel, GenerationMixin):
-    """Language model. While training, or with `output_router_logits=True`, a loss includes the auxiliary losses."""
+    """Language model: inputs as of the body to `logits (batch, tokens, vocabulary)`, or those of `logits_to_keep`, the
+    last so many tokens or the places of a tensor `(kept,)`. With `labels (batch, tokens)` (-100: nothing to predict)
+    it gives a loss. While training, or with `output_router_logits=True`, a loss includes the auxiliary losses."""
 
     body_class = SigmaMoeModel
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -255,7 +255,8 @@ class NeuronSparseExperts(_NeuronSparse):
 
 
 class NeuronSparseMlp(_NeuronSparse):
-    """Mixin in front of a dense SwiGLU network of transformers (`gate_proj`, `up_proj`, `down_proj`, `act_fn`)."""
+    """Mixin in front of a dense SwiGLU network of transformers (`gate_proj`, `up_proj`, `down_proj`, `act_fn`), whose
+    forward it computes: `(..., hidden)` -> the same."""
 
     @property
     def neuron_width(self) -> int:

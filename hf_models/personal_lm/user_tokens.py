@@ -80,7 +80,7 @@ def place_user_tokens(
         user_key = 0 if position == "prefix" else 2
         key = torch.cat([key, key.new_full((batch, tokens), user_key)], dim=1)
     places = _stable_ranks(key)
-    order = torch.empty_like(places).scatter_(1, places, torch.arange(key.shape[1], device=key.device).expand_as(key))
+    order = torch.zeros_like(places).scatter(1, places, torch.arange(key.shape[1], device=key.device).expand_as(key))
     embeds = text_embeds.gather(1, order[..., None].expand(-1, -1, width))
     return Placed(embeds, attention_mask.gather(1, order), order, places)
 

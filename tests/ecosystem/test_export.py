@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.hf_models.dot_cbm import tiny_dot_cbm
 from tests.hf_models.m3bert import tiny_m3bert
 from tests.hf_models.personal_lm.tiny_personal_lm import classifier, draws, language_model, texts
 
@@ -48,6 +49,12 @@ def as_onnx(model, example, folder):
     return program
 
 
+def for_executorch(model, example):
+    """A program for the example's sizes."""
+    pytest.importorskip("executorch", reason="pip install 'hf-sigma[executorch]'")
+    return exporters.ExecutorchExporter().export(model, dict(example), config=exporters.ExecutorchConfig())
+
+
 NO_CACHE = {"use_cache": False}  # else the program gives the cache as well
 
 
@@ -65,16 +72,20 @@ def test_onnx_runtime_gives_the_logits(family, tmp_path):
 
 @pytest.mark.compatibility("ExecuTorch", library="executorch")
 def test_executorch_gives_the_logits(family):
-    pytest.importorskip("executorch", reason="pip install 'hf-sigma[executorch]'")
     model = family.model(**NO_CACHE)
-    program = exporters.ExecutorchExporter().export(model, dict(EXAMPLE), config=exporters.ExecutorchConfig())
-    assert_parity(program, model, [EXAMPLE])
+    assert_parity(for_executorch(model, EXAMPLE), model, [EXAMPLE])
 
 
 @pytest.mark.compatibility("torch.export", library="torch", method="m3bert")
 def test_an_exported_encoder_gives_the_embeddings():
     model = tiny_m3bert.tiny(tiny_m3bert.M3BertForSentenceEmbedding)
     assert_parity(exported(model, EXAMPLE), model, [tokens(*size) for size in SIZES], output="embeddings")
+
+
+@pytest.mark.compatibility("ExecuTorch", library="executorch", method="m3bert")
+def test_executorch_gives_the_embeddings():
+    model = tiny_m3bert.tiny(tiny_m3bert.M3BertForSentenceEmbedding)
+    assert_parity(for_executorch(model, EXAMPLE), model, [EXAMPLE], output="embeddings")
 
 
 def personal(kind):
@@ -96,3 +107,19 @@ def test_an_exported_personal_model_gives_the_logits(kind):
 def test_onnx_runtime_gives_the_logits_of_a_personal_model(kind, tmp_path):
     model, batches = personal(kind)
     assert_parity(as_onnx(model, batches[0], tmp_path), model, batches)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "writer"])
+@pytest.mark.compatibility("ExecuTorch", library="executorch", method="personal_lm")
+def test_executorch_gives_the_logits_of_a_personal_model(kind):
+    model, (example, _) = personal(kind)
+    assert_parity(for_executorch(model, example), model, [example])
+
+
+@torch.no_grad()
+@pytest.mark.compatibility("ExecuTorch", library="executorch", method="dot_cbm")
+def test_executorch_gives_the_classes_of_images():
+    model, example = tiny_dot_cbm.tiny(), {"pixel_values": tiny_dot_cbm.images(2)}
+    found = for_executorch(model, example)(**example)
+    for output in ("logits", "concept_probs"):
+        torch.testing.assert_close(torch.as_tensor(found[output]), model(**example)[output], rtol=1e-4, atol=1e-4)

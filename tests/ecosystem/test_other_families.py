@@ -89,7 +89,7 @@ def test_attention_backends_of_the_base_agree():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def compiled_as_one_graph(model, inputs):
+def assert_one_graph(model, inputs):
     """Without C++: whether it is one graph at all, and the same."""
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -102,8 +102,8 @@ def compiled_as_one_graph(model, inputs):
     "torch.compile without graph breaks", library="torch", method="personal_lm", note="traced, not turned into code"
 )
 def test_a_personal_model_is_one_graph():
-    compiled_as_one_graph(language_model("llama"), texts("left") | {"user_embeds": draws(2, 2), "use_cache": False})
-    compiled_as_one_graph(classifier("llama"), texts("left") | {"user_embeds": draws()})
+    assert_one_graph(language_model("llama"), texts("left") | {"user_embeds": draws(2, 2), "use_cache": False})
+    assert_one_graph(classifier("llama"), texts("left") | {"user_embeds": draws()})
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_a_personal_model_is_one_graph():
     "torch.compile without graph breaks", library="torch", method="dc_ccl", note="traced, not turned into code"
 )
 def test_a_divided_model_is_one_graph():
-    compiled_as_one_graph(tiny_dc_ccl.tiny("vit"), {"pixel_values": tiny_dc_ccl.images()})
-    compiled_as_one_graph(tiny_dc_ccl.tiny_lm(), {"input_ids": tiny_dc_ccl.tokens(), "use_cache": False})
+    assert_one_graph(tiny_dc_ccl.tiny("vit"), {"pixel_values": tiny_dc_ccl.images()})
+    assert_one_graph(tiny_dc_ccl.tiny_lm(), {"input_ids": tiny_dc_ccl.tokens(), "use_cache": False})
 
 
 @pytest.mark.compatibility("LoRA in every submodel", library="peft", method="dc_ccl")
@@ -155,7 +155,7 @@ def test_training_in_bf16_learns_what_fp32_learns(family, tmp_path):
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=0.02, atol=0.01)
 
 
-def flex_attention_agrees(model, inputs):
+def assert_flex_attention_agrees(model, inputs):
     found = []
     with torch.no_grad():  # it has no backward on a CPU
         for backend in ("sdpa", "flex_attention"):
@@ -171,8 +171,8 @@ def flex_attention_agrees(model, inputs):
     "Attention: FlexAttention", method="personal_lm", note="of a base that has it; on a CPU forward only"
 )
 def test_flex_attention_of_the_base_gives_what_sdpa_gives():
-    flex_attention_agrees(language_model("llama"), texts("left") | {"user_embeds": draws(2, 2)})
-    flex_attention_agrees(classifier("llama"), texts("right") | {"user_embeds": draws()})
+    assert_flex_attention_agrees(language_model("llama"), texts("left") | {"user_embeds": draws(2, 2)})
+    assert_flex_attention_agrees(classifier("llama"), texts("right") | {"user_embeds": draws()})
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_flex_attention_of_the_base_gives_what_sdpa_gives():
     "Attention: FlexAttention", method="dc_ccl", note="where every submodel has it; on a CPU forward only"
 )
 def test_flex_attention_of_the_submodels_gives_what_sdpa_gives():
-    flex_attention_agrees(tiny_dc_ccl.tiny("vit"), {"pixel_values": tiny_dc_ccl.images()})
+    assert_flex_attention_agrees(tiny_dc_ccl.tiny("vit"), {"pixel_values": tiny_dc_ccl.images()})
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_flex_attention_of_the_submodels_gives_what_sdpa_gives():
     "Attention: FlexAttention", method="dot_cbm", note="of a backbone that has it; on a CPU forward only"
 )
 def test_flex_attention_of_the_backbone_gives_what_sdpa_gives():
-    flex_attention_agrees(tiny_dot_cbm.tiny("dinov2"), {"pixel_values": tiny_dot_cbm.images()})
+    assert_flex_attention_agrees(tiny_dot_cbm.tiny("dinov2"), {"pixel_values": tiny_dot_cbm.images()})
 
 
 @pytest.mark.compatibility(

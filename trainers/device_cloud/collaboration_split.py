@@ -132,7 +132,8 @@ class SplitClassifier(nn.Module):
 
 
 class DeviceHalf(nn.Module):
-    """The modules of a [`SplitClassifier`] up to the cut: images in, activations out, and no other weights."""
+    """The modules of a [`SplitClassifier`] up to the cut: images `(batch, channels, height, width)`
+    in, activations `(batch, ...)` out, and no other weights."""
 
     def __init__(self, split: SplitClassifier):
         super().__init__()
@@ -146,7 +147,8 @@ class DeviceHalf(nn.Module):
 
 
 class CloudHalf(nn.Module):
-    """The other half, as a Trainer takes it: activations and labels in, loss and logits out."""
+    """The other half, as a Trainer takes it: activations `(batch, ...)` and labels `(batch,)` in, loss and logits
+    `(batch, classes)` out."""
 
     def __init__(self, split: SplitClassifier):
         super().__init__()

@@ -19,7 +19,8 @@ class StaticUserModel(nn.Module):
     A personal model with a table of embeddings, one for each user, trained together on the cloud.
 
     The upper reference of anonymous personalisation, and what prompt tuning for each user would be: whoever sees the
-    number, or the embedding, knows the user. Rows bring their user in `user`; `-1` reads an embedding of zeros.
+    number, or the embedding, knows the user. Rows bring their user in `user (batch,)`; `-1` reads an embedding of
+    zeros.
     """
 
     def __init__(self, model: PreTrainedModel, num_users: int):

@@ -74,8 +74,9 @@ def neuron_use(model: MoneForCausalLM, blocks: Dataset, *, batch_size: int = 16)
 
 
 def unused_share(use: Sequence[torch.Tensor], *, threshold: float = 0.01) -> float:
-    """Share of the neurons that fewer than `threshold` of their expert's tokens keep, in the layers that leave any
-    out; experts without a token do not count. 0 where no layer does."""
+    """Of `use`, `(experts, neurons)` for each layer: share of the neurons that fewer than `threshold` of their
+    expert's tokens keep, in the layers that leave any out; experts without a token do not count. 0 where no layer
+    does."""
     seen = torch.cat([layer[layer.sum(dim=-1) > 0].flatten() for layer in use] or [torch.empty(0)])
     return (seen < threshold).float().mean().item() if len(seen) else 0.0
 

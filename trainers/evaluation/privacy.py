@@ -80,7 +80,8 @@ def two_user_attribution(separation: float) -> float:
 
 
 def mixture_attribution_bound(weights: torch.Tensor) -> float:
-    """(1/N) sum_k max_u w_uk: no attacker on one upload of a shared mixture does better, and it is at most K/N.
+    """(1/N) sum_k max_u w_uk of `weights (N users, K components)`: no attacker on one upload of a shared mixture does
+    better, and it is at most K/N.
 
     An upload says at most which component it came from, and that component's best guess is right with that
     probability.
@@ -145,7 +146,7 @@ def membership_auc(members: Sequence[float] | torch.Tensor, others: Sequence[flo
     Area under the curve of the attack that takes texts of low loss for those that were trained on.
 
     Args:
-        members, others: the losses of texts in and out of training; see
+        members, others: the losses `(texts,)` of texts in and out of training; see
             `trainers.device_cloud.user_embeddings.sample_losses`.
 
     Raises:
