@@ -1,4 +1,4 @@
-"""The table of the fifteen methods in README.md, with what was measured of each: rendered, not typed.
+"""The table of the methods in README.md, with what was measured of each: rendered, not typed.
 
     python -m model_cards.methods [README.md]
 

@@ -228,8 +228,20 @@ def router_z_loss(
     """Mean over the real tokens of all ranks of logsumexp(z)^2 (ST-MoE eq. 5): keeps logits small; it also flattens
     P."""
     squared = _at_least_fp32(router_logits).logsumexp(dim=-1).square()
-    weight = torch.ones_like(squared) if mask is None else mask.to(squared)
-    total = torch.stack(((squared * weight).sum(), weight.sum()))
+    return mean_over_tokens(squared, mask, across_ranks=across_ranks, group=group)
+
+
+def mean_over_tokens(
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    across_ranks: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Mean of `values (tokens,)` over the real tokens, 1 in `mask (tokens,)`, of all ranks or of this one; 0 of none.
+    Its gradient is that of the sum over ranks, as for every auxiliary loss here."""
+    weight = torch.ones_like(values) if mask is None else mask.to(values)
+    total = torch.stack(((values * weight).sum(), weight.sum()))
     total = sum_over_ranks(total, group) if across_ranks else total
     return total[0] / total[1].clamp_min(1.0)
 

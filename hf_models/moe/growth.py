@@ -49,6 +49,7 @@ from .checkpoint_files import (
     write_json,
 )
 from .configuration_mone import number_of_experts
+from .configuration_sigma_moe import SigmaMoeConfig
 from .elastic import PER_LAYER, experts_in_force
 from .elastic_hosts import WrappedMoe
 from .growth_config import OUR_MODEL_TYPES, grow_config, read_config, what_changes_the_function
@@ -173,7 +174,7 @@ def grow_model(model: PreTrainedModel, plan: GrowthPlan) -> PreTrainedModel:
 
 def _has_dial(model: PreTrainedModel) -> bool:
     """Whether a model of transformers was given numbers of experts per layer, which it does not read when built."""
-    return model.config.model_type not in OUR_MODEL_TYPES and hasattr(model.config, PER_LAYER)
+    return not isinstance(model.config, SigmaMoeConfig) and hasattr(model.config, PER_LAYER)
 
 
 def grow_optimizer_state(

@@ -131,13 +131,20 @@ class MoneForCausalLM(SigmaMoeForCausalLM, GenerationMixin):
 
         Raises:
             TypeError: a model wrapped by PEFT or another library.
-            ValueError: another architecture or activation; a quantised model, or one that is not on one device.
+            ValueError: another architecture, activation or router; a quantised model, or one that is not on one
+                device.
         """
         if isinstance(model, (str, Path)):
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         elif kwargs:
             raise TypeError(f"{sorted(kwargs)} are options of loading, but `model` is loaded already.")
         _require_plain(model)
+        router_class = getattr(getattr(model, "body_class", None), "router_class", None)
+        if router_class not in (None, cls.body_class.router_class):
+            raise ValueError(
+                f"{type(model).__name__} routes by {router_class.__name__}, which {cls.__name__} has not. Give a "
+                "sister of it a body with this router_class, and load the weights there."
+            )
         config = _config_with(model.config, neuron_ratio, neuron_top_k, config_overrides or {})
         config.dtype = model.dtype
         with torch.device("meta"):

@@ -79,8 +79,9 @@ class SigmaMoeTopKRouter(Qwen3MoeTopKRouter):
     assignment.
 
     Another router overrides one of the steps `logits`, `scores`, `select` and `weigh`; a body whose `router_class` it
-    is builds it. Where its `select` finds that a token does without an expert, the index is `num_experts`, and its
-    `leaves_out_experts` is True: experts look for such indices only when told so.
+    is builds it; a loss of its own is `own_router_loss` of the language model. Where its `select` finds that a token
+    does without an expert, the index is `num_experts`, and its `leaves_out_experts` is True: experts look for such
+    indices only when told so.
     """
 
     leaves_out_experts = False
@@ -368,8 +369,8 @@ class SigmaMoeForCausalLM(RoutingLossMixin, ElasticGeneration, SigmaMoePreTraine
         aux = torch.zeros((), device=hidden_states.device)
         if router_logits:
             batch_size = hidden_states.shape[0]
-            balance, z_loss = self._routing_losses(router_logits, selected, attention_mask, batch_size, learning)
-            aux = self.config.router_aux_loss_coef * balance.sum() + self.config.router_z_loss_coef * z_loss
+            balance, z_loss, own = self._routing_losses(router_logits, selected, attention_mask, batch_size, learning)
+            aux = self.config.router_aux_loss_coef * balance.sum() + self.config.router_z_loss_coef * z_loss + own
         if neuron_loss is not None:
             aux = aux + self.config.neuron_aux_loss_coef * neuron_loss.to(aux.device)
         if loss is not None and (output_router_logits or learning):

@@ -119,11 +119,11 @@ class RoutingLossMixin:
         attention_mask: torch.Tensor | None,
         batch_size: int,
         learning: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Load-balancing loss of each layer `(layers,)` and the z-loss summed over layers `()`, from the logits and
-        the chosen experts (None: ask the routers) of each layer.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Load-balancing loss of each layer `(layers,)`, the z-loss summed over layers `()` and the routers' own loss
+        `()`, from the logits and the chosen experts (None: ask the routers) of each layer.
 
-        While learning both are exact over all ranks; an evaluation on one rank must not wait for the others.
+        While learning all are exact over all ranks; an evaluation on one rank must not wait for the others.
         """
         config, kind = self.config, self.config.router_aux_loss_type
         device = router_logits[0].device
@@ -154,7 +154,16 @@ class RoutingLossMixin:
         z_loss = torch.zeros((), device=device)
         if config.router_z_loss_coef:
             z_loss = torch.stack([router_z_loss(z, mask, across_ranks=learning) for z in logits]).sum()
-        return balance, z_loss
+        return balance, z_loss, self.own_router_loss(logits, mask, learning)
+
+    def own_router_loss(
+        self, router_logits: list[torch.Tensor], mask: torch.Tensor | None, learning: bool
+    ) -> torch.Tensor:
+        """What a sister family adds to the loss for its routers, weighed already; a scalar, here 0.
+
+        `router_logits`: `(tokens, experts)` of each layer; `mask (tokens,)`: 0 for padding; `learning`: whether all
+        ranks take part, as [`mean_over_tokens`] wants to know in `across_ranks`."""
+        return torch.zeros((), device=router_logits[0].device)
 
     def _select(self, router_logits: tuple[torch.Tensor, ...], top_k: int | None = None) -> list[torch.Tensor]:
         return [r.select(r.scores(z.detach()), top_k) for r, z in zip(self.routers, router_logits, strict=True)]

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from model_cards.matrix import MODELS
 from tests.hub.client import PYTHONS, run_client
 from tests.hub.families import HUB_FAMILIES
 from tests.hub.server import LoopbackHub
@@ -26,23 +27,17 @@ def name(request):
     return request.param
 
 
+def decides_the_rows_of_each_model_type(test):
+    for name in sorted(HUB_FAMILIES.keys() & MODELS.keys()):
+        options = {"method": name, "only": {"name": name}}
+        test = pytest.mark.compatibility("Remote code, without this package", **options)(test)
+        options |= {"library": "huggingface-hub", "note": "with a Hub on the loopback interface"}
+        test = pytest.mark.compatibility("Pushed and pulled by its id", **options)(test)
+    return test
+
+
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.compatibility("Remote code, without this package", method="mone", only={"name": "mone"})
-@pytest.mark.compatibility(
-    "Pushed and pulled by its id",
-    method="mone",
-    library="huggingface-hub",
-    only={"name": "mone"},
-    note="with a Hub on the loopback interface",
-)
-@pytest.mark.compatibility("Remote code, without this package", method="m_moe", only={"name": "m_moe"})
-@pytest.mark.compatibility(
-    "Pushed and pulled by its id",
-    method="m_moe",
-    library="huggingface-hub",
-    only={"name": "m_moe"},
-    note="with a Hub on the loopback interface",
-)
+@decides_the_rows_of_each_model_type
 def test_a_stranger_has_what_a_user_of_the_package_has(hub, name, tmp_path, reader):
     family, run, repo = HUB_FAMILIES[name], tmp_path / "run", f"alice/{name}-{reader}".replace(" ", "-")
     family.write_run(run)

@@ -5,6 +5,7 @@ The router here is top-p's (Dynamic-MoE, arXiv 2403.07652), as its formula was k
 experts until their probabilities reach p.
 """
 
+import copy
 import tempfile
 
 import pytest
@@ -15,8 +16,10 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.distributed import DistributedConfig
 
-from hf_models.moe import SigmaMoeConfig, SigmaMoeForCausalLM, SigmaMoeModel
-from hf_models.moe.balance import expert_counts
+from hf_models.moe import MoneForCausalLM, SigmaMoeConfig, SigmaMoeForCausalLM, SigmaMoeModel
+from hf_models.moe.balance import expert_counts, mean_over_tokens
+from hf_models.moe.growth import grow_model
+from hf_models.moe.growth_plan import GrowthPlan
 from hf_models.moe.modeling_sigma_moe import SigmaMoeTopKRouter
 from tests.gloo_ranks import results_of_ranks
 
@@ -133,6 +136,40 @@ def test_it_comes_back_from_a_folder(tmp_path):
     back = TopPForCausalLM.from_pretrained(tmp_path)
     assert all(type(router) is TopPRouter for router in back.routers)
     assert torch.equal(back(ids).logits, model(ids).logits)
+
+
+class EntropyForCausalLM(TopPForCausalLM, GenerationMixin):
+    """With a loss of its own."""
+
+    def own_router_loss(self, router_logits, mask, learning):
+        log_p = [z.log_softmax(-1) for z in router_logits]
+        return 0.5 * sum(mean_over_tokens(-(p.exp() * p).sum(-1), mask, across_ranks=learning) for p in log_p)
+
+
+def test_a_loss_of_the_routers_own():
+    model, plain, ids = build(EntropyForCausalLM), build(), torch.randint(1, 40, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    found, without = (
+        each.train()(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss for each in (model, plain)
+    )
+    logits = plain(ids, attention_mask=mask, output_router_logits=True).router_logits
+    p = torch.stack([z[mask.flatten() == 1].double().softmax(-1) for z in logits])
+    entropy = -(p * p.log()).sum(-1).mean(-1)  # of each layer
+    torch.testing.assert_close((found - without).double(), 0.5 * entropy.sum(), rtol=1e-4, atol=0)
+    found.backward()
+    assert all(router.weight.grad.abs().sum() > 0 for router in model.routers)
+    copy.deepcopy(model)
+    assert torch.equal(model.eval()(ids, labels=ids).loss, plain.eval()(ids, labels=ids).loss)
+
+
+def test_other_methods_refuse_a_router_that_they_have_not(monkeypatch):
+    with pytest.raises(ValueError, match="TopPForCausalLM routes by TopPRouter, which MoneForCausalLM has not"):
+        MoneForCausalLM.from_moe(build(), neuron_ratio=1.0)
+    model = build()
+    monkeypatch.setattr(model.config, "model_type", "top_p")
+    with pytest.raises(ValueError, match="model_type='top_p' is not known to growth"):
+        grow_model(model, GrowthPlan(depth_factor=2))
 
 
 def test_adapters_on_router_and_experts_learn():
