@@ -33,20 +33,29 @@ def register_family(config_class: type[PreTrainedConfig], models: dict[str, type
     for auto_name, model_class in models.items():
         getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
         model_class.register_for_auto_class(auto_name)
-        _keep_name_when_sharded(model_class)
+        _keep_name_when_saved(model_class)
         getattr(modeling_auto, _NAME_TABLES[auto_name])[model_type] = model_class.__name__
         auto_map[auto_name] = _path_in_repository(model_class)
     config_class._family_auto_map = auto_map
 
 
-def _keep_name_when_sharded(model_class: type[PreTrainedModel]) -> None:
+def _keep_name_when_saved(model_class: type[PreTrainedModel]) -> None:
     """FSDP2 makes a model an instance of a subclass that it derives. Saving takes that for the model's code: it would
     name the subclass in `auto_map` and copy torch's own files in the place of ours."""
+
+    def save_pretrained(self, *args, **kwargs):
+        cls = type(self)
+        names = cls.__module__, cls.__name__
+        cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+        try:
+            return model_class.save_pretrained(self, *args, **kwargs)
+        finally:
+            cls.__module__, cls.__name__ = names
 
     def __init_subclass__(cls, **kwargs):
         super(model_class, cls).__init_subclass__(**kwargs)
         if any(base.__module__.startswith("torch.distributed.fsdp") for base in cls.__bases__):
-            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+            cls.save_pretrained = save_pretrained
 
     model_class.__init_subclass__ = classmethod(__init_subclass__)
 
